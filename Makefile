@@ -1,0 +1,36 @@
+# `make demo` and `make test` set up what they need on a fresh machine: Python >= 3.10.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test check fmt test-gpu bench
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "qexport needs Python 3.10 or newer")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/python benchmarks/demo.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fmt: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
+
+bench: setup
+	$(BIN)/python benchmarks/fake_quant.py
+	$(BIN)/python benchmarks/pack.py

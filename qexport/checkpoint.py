@@ -1,0 +1,286 @@
+"""`Checkpoint`: a model folder as a lazy mapping from names to tensors.
+
+Opened here are the folders that training starts from and ends with: a dense Hugging Face
+checkpoint, a RUN of ours (latent weights and scales), and an upstream ParetoQ checkpoint (latent
+weights and `weight_clip_val`). Packed layouts are opened by `qexport.formats`, which builds the
+same type. Nothing is read before it is asked for, so that a model larger than memory streams.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qexport.errors import CheckpointError, InputError
+from qexport.grid import Scheme, dtype_name
+from qexport.paretoq import WIDTHS, from_upstream, upstream_scale
+from qexport.shards import ShardReader
+from qexport.tensor import QuantizedTensor, portable, quantize
+
+__all__ = [
+    "Checkpoint",
+    "Entry",
+    "Modules",
+    "dense_entry",
+    "expect",
+    "module_of",
+    "modules_from_json",
+    "modules_to_json",
+    "open_source",
+    "read_config",
+]
+
+CONFIG_VERSION = 1
+SCALE_SUFFIX = ".weight_scale"
+_UPSTREAM_SUFFIX = ".weight_clip_val"
+_CARRIED = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+)
+
+
+Modules = dict[str, tuple[Scheme, tuple[int, int]]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor that is not read yet: `scheme` is None for a dense one."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor | QuantizedTensor]
+    scheme: Scheme | None = None
+
+
+class Checkpoint(Mapping[str, Tensor | QuantizedTensor]):
+    """A model: `checkpoint["…q_proj.weight"]` is a Tensor, or a QuantizedTensor where quantized.
+
+    layout   what the folder holds: `dense`, `run`, `paretoq`, or a format's name
+    config   config.json without its quantization_config
+    """
+
+    def __init__(
+        self, folder: Path, layout: str, config: dict[str, Any], entries: dict[str, Entry]
+    ) -> None:
+        self.folder = folder
+        self.layout = layout
+        self.config = {key: v for key, v in config.items() if key != "quantization_config"}
+        self.entries = entries
+
+    def __getitem__(self, name: str) -> Tensor | QuantizedTensor:
+        return self.entries[name].load()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def modules(self) -> Modules:
+        """Scheme and shape [out, in] of every quantized module, by its name without `.weight`."""
+        return {
+            module_of(name): (entry.scheme, (entry.shape[0], entry.shape[1]))
+            for name, entry in self.entries.items()
+            if entry.scheme is not None
+        }
+
+    def quantized(self, name: str) -> QuantizedTensor:
+        tensor = self[name]
+        assert isinstance(tensor, QuantizedTensor)
+        return tensor
+
+    def dense(self, name: str) -> Tensor:
+        tensor = self[name]
+        assert isinstance(tensor, Tensor)
+        return tensor
+
+    def carried_files(self) -> list[Path]:
+        """Files that go with the weights: tokenizer, chat template, generation config, licence."""
+        found = {file for pattern in _CARRIED for file in self.folder.glob(pattern)}
+        return sorted(file for file in found if file.is_file())
+
+    def copy_files(self, target: Path) -> None:
+        """Copy the carried files into `target`."""
+        for file in self.carried_files():
+            shutil.copyfile(file, target / file.name)
+
+
+def module_of(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder. Raises InputError for no such folder."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; give the folder of a checkpoint.")
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} has no config.json; give the folder of a Hugging Face checkpoint."
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} does not hold an object.")
+    return config
+
+
+def open_source(folder: Path) -> Checkpoint | None:
+    """Open a dense checkpoint, a RUN or an upstream ParetoQ checkpoint; None if it is packed."""
+    config = read_config(folder)
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        if not isinstance(quantization, dict):
+            raise CheckpointError(f"{folder}/config.json: quantization_config is not an object.")
+        if (quantization.get("quant_method"), quantization.get("format")) != ("qexport", "latent"):
+            return None
+        reader = ShardReader(folder)
+        return Checkpoint(folder, "run", config, _run_entries(reader, quantization))
+    reader = ShardReader(folder)
+    if any(name.endswith(_UPSTREAM_SUFFIX) for name in reader):
+        return Checkpoint(folder, "paretoq", config, _upstream_entries(reader, config))
+    return Checkpoint(folder, "dense", config, {n: dense_entry(reader, n) for n in reader})
+
+
+def dense_entry(reader: ShardReader, name: str) -> Entry:
+    return Entry(reader.shape(name), reader.dtype(name), partial(reader.tensor, name))
+
+
+def modules_to_json(modules: Modules) -> list[dict[str, Any]]:
+    """`config_groups` of config.json: every scheme with the modules that have it."""
+    groups: dict[Scheme, dict[str, list[int]]] = {}
+    for module, (scheme, shape) in modules.items():
+        groups.setdefault(scheme, {})[module] = list(shape)
+    return [{**scheme.to_json(), "modules": names} for scheme, names in groups.items()]
+
+
+def modules_from_json(quantization: dict[str, Any]) -> Modules:
+    """Undo `modules_to_json`. Raises CheckpointError for a form that this version cannot read."""
+    groups = quantization.get("config_groups")
+    if quantization.get("version") != CONFIG_VERSION or not isinstance(groups, list):
+        raise CheckpointError(
+            f"quantization_config has version {quantization.get('version')!r}, and this qexport "
+            f"reads {CONFIG_VERSION}; upgrade it or write the checkpoint again."
+        )
+    modules: Modules = {}
+    for group in groups:
+        named = group.get("modules") if isinstance(group, dict) else None
+        if not isinstance(named, dict) or not all(_is_shape(shape) for shape in named.values()):
+            raise CheckpointError(
+                "quantization_config has a group without modules and their [out, in] shapes."
+            )
+        scheme = Scheme.from_json(group)
+        for module, (out, inputs) in named.items():
+            if scheme.group_size is not None and inputs % scheme.group_size:
+                raise CheckpointError(
+                    f"quantization_config: group size {scheme.group_size} does not divide the "
+                    f"{inputs} inputs of {module}."
+                )
+            modules[module] = (scheme, (out, inputs))
+    return modules
+
+
+def expect(reader: ShardReader, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Raise CheckpointError unless the file's tensor `name` has this dtype and shape."""
+    found = reader.dtype(name), reader.shape(name)
+    if found != (dtype, shape):
+        raise CheckpointError(
+            f"{reader.folder}: {name} is {dtype_name(found[0])} {found[1]}, and its scheme wants "
+            f"{dtype_name(dtype)} {shape}."
+        )
+
+
+def _is_shape(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(type(n) is int and 0 < n < 2**31 for n in value)
+    )
+
+
+def _matrix_shape(reader: ShardReader, name: str) -> tuple[int, int]:
+    shape = reader.shape(name)
+    if len(shape) != 2 or 0 in shape:
+        raise CheckpointError(f"{reader.folder}: {name} is not a matrix but {shape}.")
+    return shape[0], shape[1]
+
+
+def _run_entries(reader: ShardReader, quantization: dict[str, Any]) -> dict[str, Entry]:
+    modules = modules_from_json(quantization)
+    scales = {module + SCALE_SUFFIX for module in modules}
+    entries = {name: dense_entry(reader, name) for name in reader if name not in scales}
+    for module, (scheme, shape) in modules.items():
+        expect(reader, f"{module}.weight", torch.float32, shape)
+        expect(
+            reader, module + SCALE_SUFFIX, scheme.scale_dtype, (shape[0], scheme.groups(shape[1]))
+        )
+        load = partial(_load_latent, reader, module, scheme)
+        entries[f"{module}.weight"] = Entry(shape, torch.float32, load, scheme)
+    return entries
+
+
+def _load_latent(reader: ShardReader, module: str, scheme: Scheme) -> QuantizedTensor:
+    weight = reader.tensor(f"{module}.weight")
+    scale = reader.tensor(module + SCALE_SUFFIX).float()
+    if not bool(weight.isfinite().all()) or not bool((scale > 0).all()):
+        raise CheckpointError(
+            f"{reader.folder}: {module} holds a NaN, an infinity or a scale that is not positive; "
+            "its training diverged."
+        )
+    return quantize(weight, scale, scheme)
+
+
+def _upstream_entries(reader: ShardReader, config: dict[str, Any]) -> dict[str, Entry]:
+    bits = {0: "1.58"}.get(config.get("w_bits", -1), str(config.get("w_bits")))
+    if bits not in WIDTHS:
+        raise CheckpointError(
+            f"{reader.folder} has weight_clip_val tensors but w_bits {config.get('w_bits')!r} in "
+            "config.json; ParetoQ's are 0 (1.58 bits), 1, 2, 3 and 4."
+        )
+    entries = {}
+    for name in reader:
+        clip = module_of(name) + _UPSTREAM_SUFFIX
+        if name.endswith(".weight") and clip in reader:
+            shape = _matrix_shape(reader, name)
+            scheme = _upstream_scheme(reader, clip, shape, bits)
+            load = partial(_load_upstream, reader, module_of(name), scheme)
+            entries[name] = Entry(shape, reader.dtype(name), load, scheme)
+        elif not name.endswith(_UPSTREAM_SUFFIX):
+            entries[name] = dense_entry(reader, name)
+    return entries
+
+
+def _upstream_scheme(reader: ShardReader, clip: str, shape: tuple[int, int], bits: str) -> Scheme:
+    out, *groups = reader.shape(clip)
+    count = groups[0] if groups else 1
+    if out != shape[0] or count == 0 or shape[1] % count or groups[1:] not in ([], [1]):
+        raise CheckpointError(f"{reader.folder}: {clip} has shape {reader.shape(clip)}.")
+    group_size = None if count == 1 else shape[1] // count
+    if reader.dtype(clip) not in (torch.float16, torch.bfloat16, torch.float32):
+        raise CheckpointError(f"{reader.folder}: {clip} has dtype {reader.dtype(clip)}.")
+    scale = upstream_scale(reader.tensor(clip), WIDTHS[bits])
+    is_portable = torch.equal(portable(scale.float()), scale.float())
+    dtype = torch.float16 if is_portable else scale.dtype
+    return Scheme(WIDTHS[bits].grid, group_size, dtype)
+
+
+def _load_upstream(reader: ShardReader, module: str, scheme: Scheme) -> QuantizedTensor:
+    weight = reader.tensor(f"{module}.weight")
+    clip = reader.tensor(module + _UPSTREAM_SUFFIX)
+    return from_upstream(weight, clip.reshape(clip.shape[0], -1), scheme)

@@ -1,0 +1,77 @@
+"""The `qexport` command. Subcommands, one file each, are imported only when they are called."""
+
+import importlib
+import signal
+import sys
+
+import click
+
+from qexport.cli.common import fail
+from qexport.errors import QexportError
+from qexport.version import __version__
+
+__all__ = ["main"]
+
+# Listed in the order in which one uses them; the text is here so that --help imports nothing.
+COMMANDS = {
+    "train": "Train a model on a low-bit grid (ParetoQ QAT) into a RUN.",
+    "pack": "Write a RUN in a format that engines read, and verify it.",
+    "verify": "Prove that a packed checkpoint is, bit for bit, its source.",
+    "inspect": "Show schemes, bits per weight and sizes of any checkpoint.",
+    "eval": "Measure perplexity, and divergence from a reference.",
+    "generate": "Continue a prompt.",
+    "chat": "Talk to a model in the terminal.",
+    "serve": "Serve a checkpoint over OpenAI's HTTP protocol.",
+    "doctor": "Show what this machine has to work with.",
+}
+
+
+class _Group(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"qexport.cli.{name}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(
+    cls=_Group,
+    context_settings={"auto_envvar_prefix": "QEXPORT", "help_option_names": ["-h", "--help"]},
+    epilog="\b\nExample:\n  qexport train --smoke",
+)
+@click.version_option(__version__, prog_name="qexport")
+def group() -> None:
+    """Train, pack, prove and serve low-bit language models.
+
+    The model served is, bit for bit, the model trained. Results go to stdout, progress to stderr.
+    Exit codes: 0 done, 1 failed, 2 usage, 3 verification failed, 4 unsupported here, 130 interrupt.
+    """
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends in one sentence, not a traceback."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        code = group.main(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.UsageError as error:
+        error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except QexportError as error:
+        fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        fail("interrupted.", 130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)

@@ -1,0 +1,90 @@
+"""What the commands share: the command class with --config, and where output goes."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["Command", "fail", "json_option", "print_json", "progress_console", "size"]
+
+
+class Command(click.Command):
+    """A command whose options may also stand in a YAML file, below flags and environment."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(
+            click.Option(
+                ["--config"],
+                type=click.Path(exists=True, dir_okay=False, path_type=Path),
+                help="YAML file with any of these options, by their long names.",
+                callback=_read_config,
+                is_eager=True,
+                expose_value=False,
+            )
+        )
+
+
+def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
+    if path is None:
+        return
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise click.UsageError(f"{path} is not valid YAML: {reason}", ctx) from error
+    if not isinstance(values, dict):
+        raise click.UsageError(f"{path} does not hold options by name.", ctx)
+    ctx.default_map = {**(ctx.default_map or {}), **_options(values, ctx, path)}
+
+
+def _options(values: Mapping[Any, Any], ctx: click.Context, path: Path) -> dict[str, Any]:
+    names = {}
+    for parameter in ctx.command.params:
+        for option in [parameter.name or "", *parameter.opts]:
+            names[option.lstrip("-").replace("-", "_")] = parameter.name or ""
+    found = {}
+    for key, value in values.items():
+        name = names.get(str(key).replace("-", "_"))
+        if name is None:
+            raise click.UsageError(f"{path}: {key} is not an option of {ctx.info_name}.", ctx)
+        found[name] = value if isinstance(value, bool) or value is None else str(value)
+    return found
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def print_json(value: Any) -> None:
+    """A result for machines, on stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def progress_console() -> "Console":
+    """Where progress and notes go: stderr."""
+    from rich.console import Console
+
+    return Console(stderr=True, soft_wrap=True)
+
+
+def size(count: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """One sentence on stderr, and out."""
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(code)

@@ -1,0 +1,62 @@
+"""`qexport pack`."""
+
+from pathlib import Path
+
+import click
+
+from qexport.cli.common import Command, json_option, print_json, progress_console, size
+
+_EPILOG = """\b
+Examples:
+  qexport pack run --format native -o packed
+  qexport pack run --format gptq -o packed-gptq
+  qexport pack run --format gptq --bits 4 -o packed-gptq4   # the width that vLLM serves"""
+
+
+@click.command(cls=Command, epilog=_EPILOG)
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--format", "form", required=True, help="native, gptq or gptq_v2.")
+@click.option("--bits", type=int, help="Width in the file; default the narrowest that is exact.")
+@click.option("--allow-lossy", is_flag=True, help="Round float32 scales to the format's dtype.")
+@click.option("--dry-run", is_flag=True, help="Say how it would be held, and write nothing.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
+@json_option
+def command(
+    run: Path,
+    form: str,
+    bits: int | None,
+    allow_lossy: bool,
+    dry_run: bool,
+    output: Path,
+    as_json: bool,
+) -> None:
+    """Write RUN in a format that engines read.
+
+    The weights are held exactly or not at all; the written files are read back and compared before
+    the folder appears.
+    """
+    from qexport.formats import format_named, open_checkpoint
+    from qexport.formats.pack import holdings, pack, plan
+
+    target = format_named(form)
+    source = open_checkpoint(run)
+    if dry_run:
+        verdicts = plan(source, target, bits=bits, allow_lossy=allow_lossy)
+        held = holdings(source, verdicts)
+        if as_json:
+            print_json({"format": form, "held": held})
+        else:
+            click.echo("\n".join(held))
+        return
+    progress_console().print(f"packing {run} as {form}", highlight=False)
+    report = pack(source, target, output, bits=bits, allow_lossy=allow_lossy)
+    if as_json:
+        print_json(report.to_json())
+        return
+    for line in report.held:
+        click.echo(line)
+    click.echo(
+        f"{output}: {size(report.total_bytes)}, of which quantized {size(report.quantized_bytes)} "
+        f"({report.bits_per_weight:.4g} bits per weight)"
+    )
+    click.echo(report.verification.describe())

@@ -1,0 +1,124 @@
+"""`qexport train`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qexport.cli.common import Command, json_option, print_json, progress_console, size
+
+_EPILOG = """\b
+Examples:
+  qexport train --smoke
+  qexport train ./SmolLM2-135M --data builtin --bits 2 --group-size 64 --max-steps 100 -o run
+  qexport train org/model --data chats.jsonl --bits 3 --config run.yaml -o run
+
+A run that was killed goes on from its last checkpoint when the same command is given again."""
+
+
+@click.command(cls=Command, epilog=_EPILOG)
+@click.argument("model", required=False)
+@click.option("--data", help="builtin, a .jsonl or .txt file, or a hub dataset id.")
+@click.option("--bits", type=click.Choice(["1", "1.58", "2", "3", "4"]), help="Width of a weight.")
+@click.option("--group-size", default=-1, help="Inputs that share a scale; -1 is per channel.")
+@click.option("--max-steps", type=int, help="Optimizer steps; default one pass over the data.")
+@click.option("--max-length", default=512, show_default=True, help="Tokens in a window.")
+@click.option("--batch-size", default=4, show_default=True, help="Windows in a forward pass.")
+@click.option("--gradient-accumulation", default=1, show_default=True, help="Passes in a step.")
+@click.option("--lr", type=float, help="Peak rate; default 2e-5 up to 2 bits, 1e-5 above.")
+@click.option("--warmup", default=0.05, show_default=True, help="Share of steps that warm up.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--eval-data", help="Held-out text; default a part of --data.")
+@click.option("--scale-init", type=click.Choice(["mse", "paper"]), default="mse", show_default=True)
+@click.option(
+    "--scale-dtype",
+    type=click.Choice(["portable", "float32"]),
+    default="portable",
+    show_default=True,
+    help="portable: values that fp16 and bf16 both hold, so that every format is exact.",
+)
+@click.option("--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto")
+@click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time.")
+@click.option("--save-steps", default=200, show_default=True, help="Steps between checkpoints.")
+@click.option("--log-steps", default=1, show_default=True, help="Steps between logged losses.")
+@click.option("--resume/--no-resume", default=True, help="Go on from the output's checkpoint.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the RUN.")
+@click.option("--smoke", is_flag=True, help="Try everything on a tiny random model; no arguments.")
+@click.option("--dry-run", is_flag=True, help="Say what would be trained, and stop.")
+@json_option
+def command(model: str | None, smoke: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Train MODEL (a folder or a hub id) on a low-bit grid, into a RUN.
+
+    A RUN is an ordinary checkpoint folder with latent weights and scales. `qexport pack` writes it
+    in any format.
+    """
+    if smoke:
+        _smoke(as_json)
+        return
+    for name, value in (("MODEL", model), *((f"--{n}", options[n]) for n in _REQUIRED)):
+        if value is None:
+            raise click.UsageError(f"Missing {name}.", click.get_current_context())
+    from qexport.hub import local_folder
+    from qexport.train import TrainConfig, train
+
+    assert model is not None
+    group_size = options.pop("group_size")
+    config = TrainConfig(
+        model=local_folder(model),
+        group_size=None if group_size == -1 else group_size,
+        **options,
+    )
+    results = train(config, progress_console(), dry_run=dry_run)
+    if as_json:
+        print_json(results)
+    elif not dry_run:
+        _report(config.output, results)
+
+
+_REQUIRED = ("data", "bits", "output")
+
+
+def _report(run: Path, results: dict[str, Any]) -> None:
+    loss = results.get("final_loss")
+    perplexity = results.get("eval_perplexity")
+    parts = [f"{results['steps']} steps"]
+    if loss is not None:
+        parts.append(f"last loss {loss:.3f}")
+    if perplexity is not None:
+        parts.append(f"held-out perplexity {perplexity:.2f}")
+    click.echo(f"{run}: {', '.join(parts)}")
+
+
+def _smoke(as_json: bool) -> None:
+    """Train, pack and verify a tiny random model, in a folder that is removed."""
+    import tempfile
+
+    from qexport.formats import format_named, open_checkpoint
+    from qexport.formats.pack import pack
+    from qexport.tiny import write_tiny_model
+    from qexport.train import TrainConfig, train
+
+    with tempfile.TemporaryDirectory(prefix="qexport-smoke-") as name:
+        folder = Path(name)
+        config = TrainConfig(
+            model=write_tiny_model(folder / "model"),
+            data="builtin",
+            output=folder / "run",
+            bits="2",
+            group_size=32,
+            max_steps=20,
+            max_length=64,
+            lr=2e-3,
+        )
+        results = train(config, progress_console())
+        packed = {}
+        for form in ("native", "gptq"):
+            report = pack(open_checkpoint(config.output), format_named(form), folder / form)
+            packed[form] = report.to_json()
+            if not as_json:
+                total = size(report.total_bytes)
+                click.echo(f"{form}: {report.held[0]}; {total}; {report.verification.describe()}")
+    if as_json:
+        print_json({"train": results, "pack": packed})
+    else:
+        click.echo(f"trained {results['steps']} steps, last loss {results['final_loss']:.3f}")

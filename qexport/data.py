@@ -1,0 +1,165 @@
+"""Text: where it comes from, how it is split, and how it becomes windows of tokens."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from qexport.errors import DataError, InputError
+
+__all__ = ["Split", "documents", "hold_out", "tokenize", "windows"]
+
+Split = Literal["train", "calibration", "eval", "all"]
+_FILE_SUFFIXES = (".jsonl", ".json", ".txt")
+
+
+def documents(source: str, split: Split, tokenizer: Any) -> Iterator[str]:
+    """The documents of `source`, one string each.
+
+    source  `builtin` (the language reference that ships with CPython, split by topic 8:1:1), a
+            `.jsonl` of `{"text": …}` or `{"messages": […]}` rows, a `.txt`, or a hub dataset id.
+            Only `builtin` has splits of its own; of the others every document is given.
+
+    Raises InputError for a missing file, DataError for one without text or with a bad line.
+    """
+    if source == "builtin":
+        return iter(_builtin(split))
+    path = Path(source)
+    if path.suffix == ".txt":
+        return iter(_text_file(path))
+    if path.suffix in _FILE_SUFFIXES:
+        return _jsonl(path, tokenizer)
+    return _hub(source, tokenizer)
+
+
+def hold_out(texts: list[str], one_in: int = 20) -> tuple[list[str], list[str]]:
+    """Split documents into (kept, held out) by a hash of their text, one in `one_in` held out."""
+    kept: list[str] = []
+    held: list[str] = []
+    for text in texts:
+        (held if _bucket(text) % one_in == 0 else kept).append(text)
+    return kept, held
+
+
+def tokenize(texts: list[str], tokenizer: Any) -> Tensor:
+    """Token ids int64 [n] of all documents in order, each ended with the tokenizer's EOS."""
+    eos = tokenizer.eos_token_id
+    ids: list[int] = []
+    for start in range(0, len(texts), 1000):
+        batch = tokenizer(texts[start : start + 1000], add_special_tokens=False, verbose=False)
+        for row in batch["input_ids"]:
+            ids.extend(row)
+            if eos is not None and row and row[-1] != eos:
+                ids.append(eos)
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def windows(tokens: Tensor, length: int) -> Tensor:
+    """Cut tokens [n] into whole windows [n // length, length]; what is left over is dropped.
+
+    Raises DataError where not one window comes out.
+    """
+    count = tokens.numel() // length
+    if count == 0:
+        raise DataError(
+            f"the text has {tokens.numel()} tokens, fewer than one window of {length}; "
+            "give more text or a smaller --max-length."
+        )
+    return tokens[: count * length].view(count, length)
+
+
+def _bucket(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:4], "big")
+
+
+def _builtin(split: Split) -> list[str]:
+    from pydoc_data.topics import topics
+
+    parts: dict[int, Split] = {0: "eval", 1: "calibration"}
+    return [
+        text
+        for name, text in sorted(topics.items())
+        if split in ("all", parts.get(_bucket(name) % 10, "train"))
+    ]
+
+
+def _text_file(path: Path) -> list[str]:
+    text = _read(path).strip()
+    if not text:
+        raise DataError(f"{path} is empty; give a file with text.")
+    return [text]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text ({error}).") from error
+
+
+def _jsonl(path: Path, tokenizer: Any) -> Iterator[str]:
+    found = False
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{where} is not valid JSON ({error}); mend or remove it.") from error
+        found = True
+        yield _row_text(row, where, tokenizer)
+    if not found:
+        raise DataError(f'{path} is empty; give rows of {{"text": …}} or {{"messages": […]}}.')
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            yield from file
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text ({error}).") from error
+
+
+def _row_text(row: object, where: str, tokenizer: Any) -> str:
+    if isinstance(row, dict) and isinstance(row.get("text"), str):
+        text: str = row["text"]
+        return text
+    if isinstance(row, dict) and isinstance(row.get("messages"), list):
+        if not getattr(tokenizer, "chat_template", None):
+            raise DataError(
+                f"{where} has messages, but the model has no chat template; use rows with text."
+            )
+        try:
+            rendered: str = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+        except Exception as error:  # the template's own code: it may raise anything
+            raise DataError(f"{where}: the chat template refuses it ({error}).") from error
+        return rendered
+    raise DataError(f'{where} has neither "text" nor "messages".')
+
+
+def _hub(source: str, tokenizer: Any) -> Iterator[str]:
+    import datasets
+
+    name, _, config = source.partition(":")
+    try:
+        rows = datasets.load_dataset(name, config or None, split="train", streaming=True)
+    except Exception as error:  # the library raises whatever its network layer does
+        raise InputError(
+            f"{source} is neither builtin, a .jsonl or .txt file, nor a dataset that can be "
+            f"fetched ({type(error).__name__})."
+        ) from error
+    found = False
+    for number, row in enumerate(rows, start=1):
+        found = True
+        yield _row_text(row, f"{source} row {number}", tokenizer)
+    if not found:
+        raise DataError(f"{source} has no rows.")

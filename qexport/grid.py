@@ -1,0 +1,149 @@
+"""What a code means (`Grid`) and how a weight matrix is quantized (`Scheme`)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qexport.errors import CheckpointError
+
+__all__ = [
+    "BINARY",
+    "GRIDS",
+    "INT2",
+    "INT3",
+    "INT4",
+    "INT8",
+    "SEQ2",
+    "TERNARY",
+    "UINT2",
+    "UINT3",
+    "UINT4",
+    "UINT8",
+    "Grid",
+    "Scheme",
+    "dtype_name",
+]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A uniform grid, unitless: code `c` in `0 .. levels-1` means `c - zero`.
+
+    `zero` may be half-integer: ParetoQ's SEQ grid is 0..3 about 1.5. None means that every group
+    has a zero point of its own (asymmetric quantization).
+    """
+
+    name: str
+    levels: int
+    zero: float | None
+
+    @property
+    def bits(self) -> int:
+        """Bits that one code takes in a dense stream."""
+        return (self.levels - 1).bit_length()
+
+    def embedding(self, wider: "Grid") -> tuple[int, int] | None:
+        """How this grid is re-coded exactly in another: `(factor, offset)`, or None.
+
+        Code `c` here is code `c * factor + offset` there, with the scale divided by `factor`,
+        which is 1 or 2: the portable scales of this project keep their halves exact.
+        """
+        if self.zero is None or wider.zero is None:
+            return (1, 0) if self == wider else None
+        for factor in (1, 2):
+            offset = wider.zero - self.zero * factor
+            top = (self.levels - 1) * factor + offset
+            if offset == int(offset) and offset >= 0 and top <= wider.levels - 1:
+                return factor, int(offset)
+        return None
+
+
+BINARY = Grid("binary", 2, 0.5)
+TERNARY = Grid("ternary", 3, 1.0)
+SEQ2 = Grid("seq2", 4, 1.5)
+INT2 = Grid("int2", 4, 2.0)
+INT3 = Grid("int3", 8, 4.0)
+INT4 = Grid("int4", 16, 8.0)
+INT8 = Grid("int8", 256, 128.0)
+UINT2 = Grid("uint2", 4, None)
+UINT3 = Grid("uint3", 8, None)
+UINT4 = Grid("uint4", 16, None)
+UINT8 = Grid("uint8", 256, None)
+
+GRIDS = {
+    grid.name: grid
+    for grid in (BINARY, TERNARY, SEQ2, INT2, INT3, INT4, INT8, UINT2, UINT3, UINT4, UINT8)
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float16` for torch.float16."""
+    return str(dtype).removeprefix("torch.")
+
+
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one weight matrix [out, in] is quantized.
+
+    `group_size` consecutive inputs share a scale; None is one scale per output channel.
+    `scale_dtype` is the dtype that scales are stored in; float16 scales made by this project are
+    also exact in bfloat16 (see `qexport.tensor.portable`).
+    """
+
+    grid: Grid
+    group_size: int | None = None
+    scale_dtype: torch.dtype = torch.float16
+
+    @property
+    def symmetric(self) -> bool:
+        return self.grid.zero is not None
+
+    def groups(self, in_features: int) -> int:
+        """Groups per output channel. Raises ValueError where the group does not divide it."""
+        if self.group_size is None:
+            return 1
+        if in_features % self.group_size:
+            raise ValueError(f"group size {self.group_size} does not divide {in_features}")
+        return in_features // self.group_size
+
+    def bits_per_weight(self, in_features: int) -> float:
+        """Bits per weight with codes packed densely and scales (and zero points) counted in."""
+        per_group = self.scale_dtype.itemsize * 8 + (0 if self.symmetric else self.grid.bits)
+        return self.grid.bits + per_group * self.groups(in_features) / in_features
+
+    def to_json(self) -> dict[str, Any]:
+        """The scheme as it stands in config.json; grid constants are spelled out for readers."""
+        return {
+            "grid": self.grid.name,
+            "bits": self.grid.bits,
+            "levels": self.grid.levels,
+            "zero_point": self.grid.zero,
+            "group_size": self.group_size,
+            "scale_dtype": dtype_name(self.scale_dtype),
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Scheme":
+        """Read `to_json`'s form. Raises CheckpointError on anything else."""
+        grid = GRIDS.get(str(value.get("grid")))
+        dtype = _DTYPES.get(str(value.get("scale_dtype")))
+        group = value.get("group_size")
+        if grid is None or dtype is None or not _valid_group(group):
+            raise CheckpointError(
+                f"the quantization scheme {value} is not one this version knows; "
+                "upgrade qexport or pack the run again"
+            )
+        return cls(grid, group, dtype)
+
+    def __str__(self) -> str:
+        group = "per channel" if self.group_size is None else f"g{self.group_size}"
+        scale = dtype_name(self.scale_dtype)
+        return f"{self.grid.name} {group}, {scale} scales"
+
+
+def _valid_group(group: object) -> bool:
+    return group is None or (type(group) is int and group > 0)

@@ -1,0 +1,112 @@
+"""Folders written whole or not at all, and only over what is ours."""
+
+import contextlib
+import errno
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qexport.errors import InputError, QexportError
+from qexport.version import __version__
+
+__all__ = ["MARKER", "atomic_folder", "check_writable", "mark", "marker", "write_json"]
+
+MARKER = "qexport.json"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader finds the old text or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def mark(folder: Path, kind: str, **fields: Any) -> None:
+    """Write the file that makes a folder ours, so that a later command may replace it."""
+    write_json(folder / MARKER, {"qexport": __version__, "kind": kind, **fields})
+
+
+def marker(folder: Path) -> dict[str, Any] | None:
+    """The marker of a folder of ours, or None."""
+    try:
+        value = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) and "kind" in value else None
+
+
+def check_writable(target: Path) -> None:
+    """Raise InputError where `target` exists and is neither an empty folder nor one of ours."""
+    if not target.exists() and not target.is_symlink():
+        return
+    if not target.is_dir():
+        raise InputError(f"{target} is not a folder; choose another -o.")
+    if any(target.iterdir()) and marker(target) is None:
+        raise InputError(
+            f"{target} exists and was not written by qexport; choose another -o or remove it."
+        )
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `target` that takes its place when the block succeeds.
+
+    On any error or interrupt the temporary folder is removed and `target` stays as it was.
+    Raises InputError where `target` is not ours, QexportError where the disk is full or read-only.
+    """
+    check_writable(target)
+    target = target.absolute()
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        temporary.chmod(0o755)
+        with disk_errors(target):
+            yield temporary
+            replace_folder(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Rename `new` to `target`, moving an older `target` aside first and removing it after."""
+    if not target.exists():
+        new.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        target.rename(old / "old")
+        new.rename(target)
+    except OSError:
+        if not target.exists() and (old / "old").exists():
+            (old / "old").rename(target)
+        raise
+    finally:
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise QexportError(
+                f"the disk is full while writing {target}; free some space or choose another -o."
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise QexportError(
+                f"{target} cannot be written ({error.strerror}); choose another -o."
+            ) from error
+        raise
+    except Exception as error:  # safetensors reports the operating system's errors as its own
+        if type(error).__name__ == "SafetensorError" and "No space left" in str(error):
+            raise QexportError(
+                f"the disk is full while writing {target}; free some space or choose another -o."
+            ) from error
+        raise

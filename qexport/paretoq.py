@@ -1,0 +1,186 @@
+"""ParetoQ's quantizers (arXiv 2502.02631): forward, gradients and initial scales.
+
+Every width has a learned `alpha` per channel or group. It becomes a step, `alpha * step`, and the
+step, rounded to a storable value, is the scale that is trained with, written and served. With
+`q = code - zero`:
+
+    bits  grid     step   levels / alpha    dL/dW passes where       initial alpha
+    1     binary   2      {-1, 1}           |W| <= alpha             mean |W|
+    1.58  ternary  2/3    {-2/3, 0, 2/3}    |W| <= 0.99 alpha        max |W|
+    2     seq2     1/2    {+-1/4, +-3/4}    |W| <= 0.99 alpha        max |W|
+    3     int3     1      {-4 .. 3}         -4 <= W/alpha <= 3       max |W| / 3
+    4     int4     1      {-8 .. 7}         -8 <= W/alpha <= 7       max |W| / 7
+
+The formulas are those of the released code, whose 0.99 the paper's equations lack, with its slips
+mended: a zero weight at 1 bit is positive rather than a third level, a saturated ternary weight
+pulls alpha with its own level 2/3 instead of 1, and every group has an initial scale of its own.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from qexport.errors import CheckpointError
+from qexport.grid import BINARY, INT3, INT4, SEQ2, TERNARY, Grid, Scheme
+from qexport.tensor import QuantizedTensor, portable, quantize
+
+__all__ = [
+    "WIDTHS",
+    "Width",
+    "effective_scale",
+    "fake_quantize",
+    "from_upstream",
+    "initial_alpha",
+    "upstream_scale",
+    "width_of",
+]
+
+_SMALLEST_ALPHA = 1e-5
+_SHRINK_FACTORS = 32
+_SEARCH_CHUNK = 1 << 18  # weights searched at a time, so that the candidates stay in the cache
+
+
+@dataclass(frozen=True)
+class Width:
+    """One row of the table above; bounds are in units of alpha, `qp` scales alpha's gradient."""
+
+    bits: str
+    grid: Grid
+    step: float
+    low: float
+    high: float
+    qp: int
+
+
+WIDTHS = {
+    width.bits: width
+    for width in (
+        Width("1", BINARY, 2.0, -1.0, 1.0, 1),
+        Width("1.58", TERNARY, 2.0 / 3.0, -0.99, 0.99, 1),
+        Width("2", SEQ2, 0.5, -0.99, 0.99, 1),
+        Width("3", INT3, 1.0, -4.0, 3.0, 3),
+        Width("4", INT4, 1.0, -8.0, 7.0, 7),
+    )
+}
+_BY_GRID = {width.grid: width for width in WIDTHS.values()}
+
+
+def width_of(scheme: Scheme) -> Width:
+    """The ParetoQ width whose grid a scheme uses. Raises KeyError for other grids."""
+    return _BY_GRID[scheme.grid]
+
+
+def effective_scale(alpha: Tensor, scheme: Scheme) -> Tensor:
+    """The float32 scale [out, groups] that `alpha` [out, groups] trains with and is stored as.
+
+    The step is folded in first; the product is then rounded to a portable value unless the scheme
+    stores float32 scales, the paper's own arithmetic.
+    """
+    scale = alpha.clamp(min=_SMALLEST_ALPHA) * width_of(scheme).step
+    return scale if scheme.scale_dtype == torch.float32 else portable(scale)
+
+
+def fake_quantize(weight: Tensor, alpha: Tensor, scheme: Scheme) -> Tensor:
+    """`quantize(weight, scale).dequantize()` with ParetoQ's gradients.
+
+    weight float32 [out, in], alpha float32 [out, groups]; returns float32 [out, in].
+    """
+    out: Tensor = _FakeQuantize.apply(weight, alpha, scheme)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, alpha: Tensor, scheme: Scheme) -> Tensor:
+        scale = effective_scale(alpha, scheme)
+        quantized = quantize(weight, scale, scheme)
+        ctx.save_for_backward(weight, scale, quantized.codes)  # a byte a weight, not four
+        ctx.scheme = scheme
+        return quantized.dequantize()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        weight, scale, codes = ctx.saved_tensors
+        width = width_of(ctx.scheme)
+        assert width.grid.zero is not None
+        out, groups = scale.shape
+        per_alpha = (scale / width.step).unsqueeze(-1)
+        grad = grad.view(out, groups, -1)
+        units = weight.view(out, groups, -1) / per_alpha
+        outside = (units < width.low).logical_or_(units > width.high)
+        grad_weight = grad.masked_fill(outside, 0).view(weight.shape)
+        slope = codes.to(scale.dtype).view(out, groups, -1)
+        slope.sub_(width.grid.zero).mul_(width.step)
+        if width.grid is not BINARY:
+            slope.sub_(units.masked_fill_(outside, 0))
+        gradient_scale = 1.0 / math.sqrt(weight.numel() * width.qp)
+        return grad_weight, slope.mul_(grad).sum(-1).mul_(gradient_scale), None
+
+
+def initial_alpha(weight: Tensor, scheme: Scheme, rule: Literal["paper", "mse"]) -> Tensor:
+    """A starting alpha float32 [out, groups] for each group of `weight` [out, in].
+
+    `paper` is ParetoQ's rule. `mse` searches 32 fractions of the largest weight's alpha for the
+    least squared error of each group, with the rounding that training will use.
+    """
+    width = width_of(scheme)
+    weight = weight.detach().float()
+    out, inputs = weight.shape
+    grouped = weight.reshape(out, scheme.groups(inputs), -1)
+    if rule == "paper" and width.grid is BINARY:
+        return grouped.abs().mean(-1)
+    largest = grouped.abs().amax(-1) / {"3": 3.0, "4": 7.0}.get(width.bits, 1.0)
+    if rule == "paper":
+        return largest
+    rows = max(1, _SEARCH_CHUNK // inputs)
+    parts = zip(torch.split(weight, rows), torch.split(largest, rows), strict=True)
+    return torch.cat([_least_squares_alpha(part, top, scheme) for part, top in parts])
+
+
+def _least_squares_alpha(weight: Tensor, largest: Tensor, scheme: Scheme) -> Tensor:
+    least = torch.full_like(largest, math.inf)
+    alpha = largest.clone()
+    for index in range(_SHRINK_FACTORS, 0, -1):
+        candidate = largest * (index / _SHRINK_FACTORS)
+        error = quantize(weight, effective_scale(candidate, scheme), scheme).dequantize() - weight
+        loss = error.view(*largest.shape, -1).square_().sum(-1)
+        better = loss < least
+        least = torch.where(better, loss, least)
+        alpha = torch.where(better, candidate, alpha)
+    return alpha
+
+
+def from_upstream(weight: Tensor, clip_val: Tensor, scheme: Scheme) -> QuantizedTensor:
+    """Codes and scales of an upstream ParetoQ layer, as its own forward computed them.
+
+    weight [out, in] and clip_val [out, groups] in the checkpoint's dtype. Upstream divides and
+    rounds in that dtype, and a bfloat16 quotient falls on the other side of a rounding boundary for
+    up to 0.3 % of the weights, so the division is repeated in the same dtype here. Raises
+    CheckpointError for a zero weight at 1 bit, which upstream multiplies as a third level.
+    """
+    width = width_of(scheme)
+    alpha = clip_val.clamp(min=_SMALLEST_ALPHA).unsqueeze(-1)
+    if width.grid is BINARY:
+        if bool((weight == 0).any()):
+            raise CheckpointError(
+                "the 1-bit checkpoint has weights of exactly zero, a third level that 1 bit cannot "
+                "hold; train it a step further."
+            )
+        codes = weight > 0
+    else:
+        units = weight.reshape(*clip_val.shape, -1) / alpha
+        levels, shift = {"1.58": (1.5, 0.0), "2": (2.0, 0.5)}.get(width.bits, (1.0, 0.0))
+        rounded = (units.clamp(width.low, width.high) * levels - shift).round() + shift
+        assert width.grid.zero is not None
+        codes = rounded + width.grid.zero
+    scale = upstream_scale(clip_val, width).to(scheme.scale_dtype)
+    return QuantizedTensor(codes.reshape(weight.shape).to(torch.uint8), scale, scheme)
+
+
+def upstream_scale(clip_val: Tensor, width: Width) -> Tensor:
+    """The scale of an upstream layer in the dtype, and with the roundings, of its forward."""
+    step = torch.tensor(width.step, dtype=clip_val.dtype)
+    return clip_val.clamp(min=_SMALLEST_ALPHA) * step

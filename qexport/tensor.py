@@ -1,0 +1,105 @@
+"""`QuantizedTensor`: codes, scales, and the only `dequantize` of the project."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qexport.grid import Grid, Scheme
+
+__all__ = ["QuantizedTensor", "portable", "quantize"]
+
+_LARGEST_PORTABLE = 65280.0  # 255 * 2**8, the largest 8-bit significand below fp16's maximum
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A weight matrix [out, in] as codes on a grid.
+
+    codes   uint8 [out, in], unpacked
+    scales  [out, groups], in `scheme.scale_dtype`
+    zeros   uint8 [out, groups] zero points of an asymmetric scheme, else None
+    """
+
+    codes: Tensor
+    scales: Tensor
+    scheme: Scheme
+    zeros: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        out, inputs = self.codes.shape
+        groups = (out, self.scheme.groups(inputs))
+        if self.codes.dtype != torch.uint8:
+            raise ValueError(f"codes are uint8, not {self.codes.dtype}")
+        if tuple(self.scales.shape) != groups or self.scales.dtype != self.scheme.scale_dtype:
+            raise ValueError(
+                f"scales are {self.scheme.scale_dtype} {groups}, not "
+                f"{self.scales.dtype} {tuple(self.scales.shape)}"
+            )
+        if (self.zeros is None) != self.scheme.symmetric:
+            raise ValueError("zero points belong to asymmetric schemes, and only to them")
+        if self.zeros is not None and tuple(self.zeros.shape) != groups:
+            raise ValueError(f"zero points are {groups}, not {tuple(self.zeros.shape)}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        out, inputs = self.codes.shape
+        return out, inputs
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """`scale * (code - zero)` in float32, rounded once to `dtype`. Returns [out, in]."""
+        out, groups = self.scales.shape
+        values = self.codes.to(torch.float32).view(out, groups, -1)
+        if self.zeros is None:
+            assert self.scheme.grid.zero is not None
+            values.sub_(self.scheme.grid.zero)
+        else:
+            values.sub_(self.zeros.to(torch.float32).unsqueeze(-1))
+        values.mul_(self.scales.to(torch.float32).unsqueeze(-1))
+        return values.view(self.codes.shape).to(dtype)
+
+    def embed(self, grid: Grid) -> "QuantizedTensor":
+        """The same values re-coded in a wider grid. Raises ValueError where it is not exact."""
+        found = self.scheme.grid.embedding(grid)
+        if found is None:
+            raise ValueError(f"{self.scheme.grid.name} does not embed in {grid.name}")
+        factor, offset = found
+        scales = self.scales / factor
+        if not torch.equal(scales * factor, self.scales):
+            raise ValueError("a scale is too small to be halved exactly")
+        scheme = Scheme(grid, self.scheme.group_size, self.scheme.scale_dtype)
+        return QuantizedTensor(self.codes * factor + offset, scales, scheme, self.zeros)
+
+
+def portable(scale: Tensor) -> Tensor:
+    """Round a positive float32 scale to a value that fp16 and bf16 both hold, and whose half too.
+
+    Such a value has at most 8 significant bits and is a multiple of 2**-23. Values from 2**-16 up
+    are rounded to bfloat16, whose spacing there is no finer than 2**-23; smaller ones to the
+    multiple itself. Ties go to even.
+    """
+    steps = (scale * 2.0**23).round() / 2.0**23
+    rounded = torch.where(scale < 2.0**-16, steps, scale.to(torch.bfloat16).to(torch.float32))
+    return rounded.clamp(2.0**-23, _LARGEST_PORTABLE)
+
+
+def quantize(weight: Tensor, scale: Tensor, scheme: Scheme) -> QuantizedTensor:
+    """Nearest codes of a float32 `weight` [out, in] for float32 `scale` [out, groups], symmetric.
+
+    Ties go to the even multiple of the step below (ParetoQ's `round(v - 1/2) + 1/2` on grids with
+    a half-integer zero, `round(v)` on the others); on the binary grid the code is the sign, zero
+    counted as positive. Training, packing and evaluation all come through here.
+    """
+    out, groups = scale.shape
+    grid = scheme.grid
+    assert grid.zero is not None
+    if grid.levels == 2:
+        codes = (weight >= 0).to(torch.uint8)
+    else:
+        half = grid.zero % 1
+        steps = weight.reshape(out, groups, -1) / scale.unsqueeze(-1)
+        if half:
+            steps.sub_(half)
+        steps.round_().add_(grid.zero + half).clamp_(0, grid.levels - 1)
+        codes = steps.view(weight.shape).to(torch.uint8)
+    return QuantizedTensor(codes, scale.to(scheme.scale_dtype), scheme)

@@ -1,0 +1,136 @@
+"""A dense model made trainable on the grid: every parameter passes through its served value.
+
+Parametrizations stand between the fp32 master and whoever reads it. A quantized weight reads as
+`fake_quantize(master, alpha)`, every other parameter as the value that the checkpoint's dtype will
+store. What the forward pass of training computes with is therefore what is written and served.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from qexport.checkpoint import Modules
+from qexport.errors import CheckpointError, InputError
+from qexport.grid import Scheme
+from qexport.paretoq import effective_scale, fake_quantize, initial_alpha
+
+__all__ = ["FakeQuantize", "StoredAs", "prepare", "run_tensors"]
+
+QUANTIZED_LAYERS = frozenset(
+    ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+)
+
+
+class FakeQuantize(nn.Module):
+    """Reads a master weight [out, in] as its quantized value; owns the learned alpha."""
+
+    def __init__(self, weight: Tensor, scheme: Scheme, scale_init: Literal["paper", "mse"]) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.alpha = nn.Parameter(initial_alpha(weight, scheme, scale_init))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return fake_quantize(weight, self.alpha, self.scheme)
+
+    def scales(self) -> Tensor:
+        """The stored scales [out, groups], exact in `scheme.scale_dtype`."""
+        return effective_scale(self.alpha.detach(), self.scheme).to(self.scheme.scale_dtype)
+
+
+class StoredAs(nn.Module):
+    """Reads a master parameter as the value that `dtype` stores; the gradient passes through."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, master: Tensor) -> Tensor:
+        stored: Tensor = _Round.apply(master, self.dtype)  # type: ignore[no-untyped-call]
+        return stored
+
+
+class _Round(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, master: Tensor, dtype: torch.dtype) -> Tensor:
+        return master.to(dtype).to(master.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def prepare(
+    model: nn.Module, scheme: Scheme, scale_init: Literal["paper", "mse"], stored: torch.dtype
+) -> Modules:
+    """Parametrize an fp32 `model` in place; returns scheme and shape of every quantized module.
+
+    The linear layers q, k, v, o, gate, up and down are quantized; embeddings, head, norms and
+    biases are trained and read as `stored`. Raises InputError where the group size does not divide
+    a layer's inputs, CheckpointError where the model has no such layers.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in QUANTIZED_LAYERS
+    }
+    if not layers:
+        raise CheckpointError(
+            "the model has none of the layers that are quantized (q_proj, k_proj, v_proj, o_proj, "
+            "gate_proj, up_proj, down_proj)."
+        )
+    for name, layer in layers.items():
+        _check_group(name, layer, scheme)
+    for name, module in list(model.named_modules()):
+        for parameter, value in list(module.named_parameters(recurse=False)):
+            if name in layers and parameter == "weight":
+                reader: nn.Module = FakeQuantize(value, scheme, scale_init)
+            elif stored != torch.float32:
+                reader = StoredAs(stored)
+            else:
+                continue
+            parametrize.register_parametrization(module, parameter, reader, unsafe=True)
+    return {
+        name: (scheme, (layer.out_features, layer.in_features)) for name, layer in layers.items()
+    }
+
+
+def run_tensors(model: nn.Module, stored: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a RUN: latent weights float32, `weight_scale`s, all else as `stored`.
+
+    Parameters that are tied are given once, under their first name.
+    """
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if name.endswith(".parametrizations") or ".parametrizations." in name:
+            continue
+        prefix = f"{name}." if name else ""
+        readers = getattr(module, "parametrizations", {})
+        for parameter, chain in readers.items():
+            master = chain.original.detach()
+            if id(chain.original) in seen:
+                continue
+            seen.add(id(chain.original))
+            if isinstance(chain[0], FakeQuantize):
+                yield f"{prefix}{parameter}", master
+                yield f"{prefix}{parameter}_scale", chain[0].scales()
+            else:
+                yield f"{prefix}{parameter}", master.to(stored)
+        for parameter, value in module.named_parameters(recurse=False):
+            if id(value) not in seen:
+                seen.add(id(value))
+                yield f"{prefix}{parameter}", value.detach().to(stored)
+
+
+def _check_group(name: str, layer: nn.Linear, scheme: Scheme) -> None:
+    try:
+        scheme.groups(layer.in_features)
+    except ValueError:
+        sizes = [g for g in (16, 32, 64, 128, 256) if layer.in_features % g == 0]
+        raise InputError(
+            f"--group-size {scheme.group_size} does not divide the {layer.in_features} inputs of "
+            f"{name}; choose one that does ({', '.join(map(str, sizes)) or 'none is usual'}), "
+            "or leave it out for one scale per channel."
+        ) from None

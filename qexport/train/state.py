@@ -1,0 +1,171 @@
+"""Training state on disk: what a killed run needs to go on as if it had never stopped.
+
+A checkpoint is a folder `checkpoint-N` with the masters, the optimizer's moments and the random
+number generators in safetensors and JSON, never pickle. It is written under another name, flushed
+to the disk and renamed, so that a folder of that name is always whole.
+"""
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qexport.errors import CheckpointError
+from qexport.output import disk_errors
+
+__all__ = ["drop_checkpoints", "last_checkpoint", "load_into", "load_progress", "save"]
+
+_PREFIX = "checkpoint-"
+_KEPT = 2
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run, or None."""
+    found = _checkpoints(run)
+    return found[-1] if found else None
+
+
+def drop_checkpoints(run: Path, keep: int = 0) -> None:
+    """Remove all but the `keep` newest checkpoints, and what a kill left half-written."""
+    found = _checkpoints(run)
+    for folder in found[: len(found) - keep]:
+        shutil.rmtree(folder, ignore_errors=True)
+    for folder in run.glob(f".{_PREFIX}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def save(
+    run: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    progress: dict[str, Any],
+) -> Path:
+    """Write `checkpoint-<step>` into `run`; `progress` is the trainer's own JSON."""
+    temporary = run / f".{_PREFIX}{step}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    with disk_errors(run):
+        temporary.mkdir()
+        names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        tensors = {name: parameter.detach() for parameter, name in names.items()}
+        save_file(tensors, temporary / "masters.safetensors")
+        moments = {
+            f"{names[parameter]}|{key}": value
+            for parameter, state in optimizer.state.items()
+            for key, value in state.items()
+        }
+        save_file({**moments, **_random_tensors()}, temporary / "optimizer.safetensors")
+        values = {
+            "scheduler": scheduler.state_dict(),
+            "python_random": random.getstate(),
+            "numpy_random": _numpy_state(),
+            "progress": progress,
+        }
+        (temporary / "state.json").write_text(json.dumps(values), encoding="utf-8")
+        _flush(temporary)
+        final = run / f"{_PREFIX}{step}"
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        _flush(run)
+    drop_checkpoints(run, keep=_KEPT)
+    return final
+
+
+def load_into(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, scheduler: Any
+) -> None:
+    """Restore masters; with an optimizer, its moments, the schedule and the random generators too.
+
+    Raises CheckpointError where the checkpoint is damaged or of another model.
+    """
+    parameters = dict(model.named_parameters())
+    try:
+        if optimizer is None:
+            _load_masters(folder / "masters.safetensors", parameters)
+            return
+        with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
+            for key in list(file.keys()):
+                name, _, field = key.partition("|")
+                if name == "random":
+                    _set_random(field, file.get_tensor(key))
+                else:
+                    parameter = parameters[name]
+                    value = file.get_tensor(key)
+                    place = value if field == "step" else value.to(parameter.device)
+                    optimizer.state[parameter][field] = place
+        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        scheduler.load_state_dict(values["scheduler"])
+        version, words, gauss = values["python_random"]
+        random.setstate((version, tuple(words), gauss))
+        np.random.set_state(_numpy_tuple(values["numpy_random"]))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} is damaged ({error}); remove it, or start over with --no-resume."
+        ) from error
+
+
+def load_progress(folder: Path) -> dict[str, Any]:
+    """The trainer's own JSON as `save` was given it. Raises CheckpointError where damaged."""
+    try:
+        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        progress: dict[str, Any] = values["progress"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder} is damaged ({error}); remove it.") from error
+    return progress
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    found = [path for path in run.glob(f"{_PREFIX}*") if path.name[len(_PREFIX) :].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[len(_PREFIX) :]))
+
+
+def _load_masters(path: Path, parameters: dict[str, nn.Parameter]) -> None:
+    with safe_open(path, framework="pt") as file:
+        if set(file.keys()) != set(parameters):
+            raise ValueError("its parameters are not this model's")
+        for name, parameter in parameters.items():
+            parameter.data.copy_(file.get_tensor(name))
+
+
+def _random_tensors() -> dict[str, Tensor]:
+    states = {"random|cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["random|cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_random(field: str, state: Tensor) -> None:
+    if field == "cpu":
+        torch.set_rng_state(state)
+    elif torch.cuda.is_available():
+        torch.cuda.set_rng_state(state)
+
+
+def _numpy_state() -> list[Any]:
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return [name, np.asarray(keys).tolist(), *rest]
+
+
+def _numpy_tuple(state: list[Any]) -> tuple[Any, ...]:
+    name, keys, *rest = state
+    return (name, np.array(keys, dtype=np.uint32), *rest)
+
+
+def _flush(folder: Path) -> None:
+    """Bring a folder and the files in it to the disk."""
+    for path in [*folder.iterdir(), folder]:
+        if path.is_file() or path == folder:
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)

@@ -1,0 +1,1 @@
+"""Serving: load a checkpoint, generate from it, answer over HTTP."""

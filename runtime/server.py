@@ -1,0 +1,178 @@
+"""An OpenAI-compatible endpoint over one `Generator`. One request runs; the others wait in turn."""
+
+import asyncio
+import hmac
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import Generator as Stream
+from contextlib import aclosing
+from typing import Any
+
+from anyio import to_thread
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from qexport.errors import InputError, QexportError
+from qexport.runtime import protocol
+from qexport.runtime.generator import Generator, Piece
+from qexport.runtime.protocol import ChatRequest, CompletionRequest, Reply, error_body, usage
+from qexport.version import __version__
+
+__all__ = ["create_app"]
+
+_LONGEST_MESSAGE = 500  # of a validation error: a request must not choose the size of its answer
+
+
+def create_app(generator: Generator, model: str, api_key: str | None = None) -> FastAPI:
+    """The application that serves `generator` under the name `model`.
+
+    With an `api_key`, every route but /health wants it as a bearer token.
+    """
+    app = FastAPI(title="qexport", version=__version__, docs_url=None, redoc_url=None)
+    engine = _Engine(generator, model)
+    _install_errors(app)
+    if api_key is not None:
+        _install_key(app, api_key)
+
+    @app.get("/health")
+    async def health() -> Response:
+        return Response(status_code=200)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        entry = {"id": model, "object": "model", "created": 0, "owned_by": "qexport"}
+        return {"object": "list", "data": [entry]}
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        reply = Reply("text_completion", model)
+        prompt = body.prompt
+        ids = (
+            await to_thread.run_sync(generator.encode, prompt)
+            if isinstance(prompt, str)
+            else prompt
+        )
+        return await engine.answer(request, body, body.max_tokens, ids, reply)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        reply = Reply("chat.completion", model)
+        messages = [message.for_template() for message in body.messages]
+        ids = await to_thread.run_sync(generator.encode_chat, messages)
+        limit = body.max_completion_tokens or body.max_tokens
+        return await engine.answer(request, body, limit, ids, reply)
+
+    return app
+
+
+class _Engine:
+    """Runs generations one after the other, off the event loop."""
+
+    def __init__(self, generator: Generator, model: str) -> None:
+        self._generator = generator
+        self._model = model
+        self._turn = asyncio.Lock()
+
+    async def answer(
+        self,
+        request: Request,
+        body: protocol.Request,
+        limit: int | None,
+        prompt: list[int],
+        reply: Reply,
+    ) -> Response:
+        if body.model != self._model:
+            message = f"the model {body.model!r} is not served here; {self._model!r} is."
+            content = error_body(message, param="model", code="model_not_found")
+            return JSONResponse(content, 404)
+        room = self._generator.context - len(prompt)
+        sampling = body.sampling(limit or max(1, min(reply.default_tokens, room)))
+        # Checked here, before a stream's 200 is on the wire.
+        iterator = self._generator.stream(prompt, sampling)
+        pieces = self._pieces(iterator)
+        if body.stream:
+            options = body.stream_options
+            events = _events(pieces, reply, len(prompt), bool(options and options.include_usage))
+            return StreamingResponse(events, media_type="text/event-stream")
+        text, count, finish = "", 0, None
+        async with aclosing(pieces):
+            async for piece in pieces:
+                text += piece.text
+                count, finish = piece.tokens, piece.finish_reason
+                if await request.is_disconnected():
+                    return Response(status_code=499)
+        return JSONResponse(reply.whole(text, finish, usage(len(prompt), count)))
+
+    async def _pieces(self, iterator: Stream[Piece, None, None]) -> AsyncGenerator[Piece, None]:
+        async with self._turn:
+            try:
+                while (piece := await to_thread.run_sync(next, iterator, None)) is not None:
+                    yield piece
+            finally:
+                iterator.close()
+
+
+async def _events(
+    pieces: AsyncGenerator[Piece, None], reply: Reply, prompt: int, with_usage: bool
+) -> AsyncIterator[str]:
+    """The server-sent events of one stream. An error after the first byte becomes an event."""
+    count = 0
+    try:
+        async with aclosing(pieces):
+            opening = reply.opening()
+            if opening is not None:
+                yield _event(opening)
+            async for piece in pieces:
+                count = piece.tokens
+                if piece.text:
+                    yield _event(reply.chunk(piece.text, None))
+                if piece.finish_reason is not None:
+                    yield _event(reply.chunk("", piece.finish_reason))
+        if with_usage:
+            yield _event(reply.closing(usage(prompt, count)))
+    except QexportError as error:
+        yield _event(error_body(str(error), "server_error"))
+    yield "data: [DONE]\n\n"
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+def _install_key(app: FastAPI, api_key: str) -> None:
+    expected = f"Bearer {api_key}".encode()
+
+    @app.middleware("http")
+    async def guard(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
+        given = request.headers.get("authorization", "").encode()
+        if request.url.path != "/health" and not hmac.compare_digest(given, expected):
+            content = error_body("a valid API key is needed.", code="invalid_api_key")
+            return JSONResponse(content, 401, {"WWW-Authenticate": "Bearer"})
+        return await call(request)
+
+
+def _install_errors(app: FastAPI) -> None:
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = [str(part) for part in first["loc"] if part != "body"]
+        param = where[0] if where else None
+        message = f"{'.'.join(where)}: {first['msg']}" if where else str(first["msg"])
+        return JSONResponse(error_body(message[:_LONGEST_MESSAGE], param=param), 400)
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        message = f"{request.method} {request.url.path[:100]}: {error.detail}."
+        return JSONResponse(error_body(message), error.status_code, error.headers)
+
+    @app.exception_handler(QexportError)
+    async def ours(_: Request, error: QexportError) -> JSONResponse:
+        if isinstance(error, InputError):
+            return JSONResponse(error_body(str(error)), 400)
+        return JSONResponse(error_body(str(error), "server_error"), 500)
+
+    @app.exception_handler(Exception)
+    async def bug(_: Request, error: Exception) -> JSONResponse:
+        return JSONResponse(error_body("internal error.", "server_error"), 500)
