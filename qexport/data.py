@@ -134,6 +134,8 @@ def _row_text(row: object, where: str, tokenizer: Any) -> str:
         text: str = row["text"]
         return text
     if isinstance(row, dict) and isinstance(row.get("messages"), list):
+        if not row["messages"] or not all(_is_message(message) for message in row["messages"]):
+            raise DataError(f"{where}: messages are not objects with a role and content.")
         if not getattr(tokenizer, "chat_template", None):
             raise DataError(
                 f"{where} has messages, but the model has no chat template; use rows with text."
@@ -144,6 +146,10 @@ def _row_text(row: object, where: str, tokenizer: Any) -> str:
             raise DataError(f"{where}: the chat template refuses it ({error}).") from error
         return rendered
     raise DataError(f'{where} has neither "text" nor "messages".')
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and "content" in value
 
 
 def _hub(source: str, tokenizer: Any) -> Iterator[str]:

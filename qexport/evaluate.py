@@ -2,7 +2,7 @@
 
 The text is one stream of tokens. Windows of `length` predictions overlap by one token, so that
 every token but the first is predicted exactly once, with at least one token before it. The mean is
-over tokens, not windows. The report carries a hash of the tokens: figures with the same one compare.
+over tokens, not windows. The report carries a hash of the tokens: only equal hashes compare.
 """
 
 import hashlib

@@ -107,17 +107,22 @@ class _FakeQuantize(torch.autograd.Function):
         width = width_of(ctx.scheme)
         assert width.grid.zero is not None
         out, groups = scale.shape
-        per_alpha = (scale / width.step).unsqueeze(-1)
-        grad = grad.view(out, groups, -1)
-        units = weight.view(out, groups, -1) / per_alpha
+        alpha = (scale / width.step).unsqueeze(-1)
+        grad, weight = grad.view(out, groups, -1), weight.view(out, groups, -1)
+        units = weight / alpha
         outside = (units < width.low).logical_or_(units > width.high)
-        grad_weight = grad.masked_fill(outside, 0).view(weight.shape)
-        slope = codes.to(scale.dtype).view(out, groups, -1)
-        slope.sub_(width.grid.zero).mul_(width.step)
+        grad_weight = grad.masked_fill(outside, 0).view(codes.shape)
+        # dL/dalpha is the sum of grad * (quantized/alpha - (inside ? weight/alpha : 0)). A portable
+        # scale makes `quantized` exact in float32, so that the difference keeps its digits where
+        # the two are close; any other scale needs float64 for that.
+        wide = torch.float64 if ctx.scheme.scale_dtype == torch.float32 else torch.float32
+        slope = codes.to(wide).view(out, groups, -1).sub_(width.grid.zero)
+        slope.mul_(scale.unsqueeze(-1))
         if width.grid is not BINARY:
-            slope.sub_(units.masked_fill_(outside, 0))
+            slope.sub_(weight.masked_fill(outside, 0))
         gradient_scale = 1.0 / math.sqrt(weight.numel() * width.qp)
-        return grad_weight, slope.mul_(grad).sum(-1).mul_(gradient_scale), None
+        grad_alpha = slope.div_(alpha).mul_(grad).sum(-1).mul_(gradient_scale)
+        return grad_weight, grad_alpha.to(scale.dtype), None
 
 
 def initial_alpha(weight: Tensor, scheme: Scheme, rule: Literal["paper", "mse"]) -> Tensor:

@@ -200,9 +200,7 @@ def _results(
     trainer: QatTrainer, config: TrainConfig, max_steps: int, held_out: Tensor | None
 ) -> dict[str, Any]:
     history = [row for row in trainer.state.log_history if "loss" in row]
-    summary: dict[str, Any] = next(
-        (r for r in reversed(trainer.state.log_history) if "train_loss" in r), {}
-    )
+    summary = [row for row in trainer.state.log_history if "train_loss" in row]
     results: dict[str, Any] = {
         "steps": max_steps,
         "tokens": max_steps * config.tokens_per_step,

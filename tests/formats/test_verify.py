@@ -1,0 +1,100 @@
+"""`verify` must find every kind of difference, however small."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qexport.formats import FORMATS, open_checkpoint
+from qexport.formats.pack import pack
+from qexport.formats.verify import Verification, verify
+from tests.conftest import Runs
+
+LAYER = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture
+def packed(runs: Runs, tmp_path: Path) -> tuple[Path, Path]:
+    run = runs("2")
+    pack(open_checkpoint(run), FORMATS["native"], tmp_path / "out")
+    return run, tmp_path / "out"
+
+
+def changed(folder: Path, name: str, change: torch.Tensor | None) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    if change is None:
+        del tensors[name]
+    else:
+        tensors[name] = change
+    save_file(tensors, path)
+
+
+def check(run: Path, out: Path) -> Verification:
+    return verify(open_checkpoint(run), open_checkpoint(out))
+
+
+def test_what_was_packed_is_exact(packed: tuple[Path, Path]) -> None:
+    report = check(*packed)
+    assert report.exact
+    assert report.describe().startswith("exact: 0 differing codes, 0 differing bits in 14 matrices")
+
+
+def test_one_code_is_found(packed: tuple[Path, Path]) -> None:
+    run, out = packed
+    qweight = load_file(out / "model.safetensors")[f"{LAYER}.qweight"]
+    qweight[5, 3] ^= 0b100  # the lowest bit of one 2-bit code
+    changed(out, f"{LAYER}.qweight", qweight)
+    report = check(run, out)
+    assert report.differing_codes == 1
+    assert report.differing_bits > 0
+    assert report.offenders == [f"{LAYER}.weight"]
+    assert not report.exact
+
+
+def test_one_ulp_of_one_scale_is_found(packed: tuple[Path, Path]) -> None:
+    run, out = packed
+    scales = load_file(out / "model.safetensors")[f"{LAYER}.scales"]
+    scales.view(torch.int16)[7, 1] += 1
+    changed(out, f"{LAYER}.scales", scales)
+    report = check(run, out)
+    assert report.differing_codes == 0
+    assert report.differing_bits >= 32
+    assert not report.exact
+
+
+def test_dense_tensors_are_compared_by_bits(packed: tuple[Path, Path]) -> None:
+    run, out = packed
+    norm = load_file(out / "model.safetensors")["model.norm.weight"]
+    norm[0] = -0.0 if norm[0] == 0 else -norm[0]
+    changed(out, "model.norm.weight", norm)
+    assert check(run, out).differing_dense == ["model.norm.weight"]
+    changed(out, "model.norm.weight", norm.float())
+    assert check(run, out).differing_dense == ["model.norm.weight"]
+
+
+def test_missing_and_extra_tensors(packed: tuple[Path, Path]) -> None:
+    run, out = packed
+    changed(out, "model.norm.weight", None)
+    changed(out, "backdoor", torch.ones(2))
+    report = check(run, out)
+    assert report.missing == ["model.norm.weight"]
+    assert report.extra == ["backdoor"]
+    assert "missing: model.norm.weight" in report.describe()
+
+
+def test_config_and_tokenizer_count(packed: tuple[Path, Path]) -> None:
+    run, out = packed
+    config = json.loads((out / "config.json").read_text())
+    config["rope_theta"] = 12345.0
+    (out / "config.json").write_text(json.dumps(config))
+    (out / "tokenizer.json").write_text("{}")
+    assert check(run, out).differing_files == ["config.json", "tokenizer.json"]
+
+
+def test_another_run_is_not_this_one(runs: Runs, packed: tuple[Path, Path]) -> None:
+    _, out = packed
+    report = check(runs("3"), out)
+    assert report.differing_codes == report.weights
