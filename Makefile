@@ -13,7 +13,7 @@ setup: .venv/.ready
 	touch $@
 
 demo: setup
-	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python -m benchmarks.demo
 
 test: setup
 	$(BIN)/python -m pytest
@@ -32,5 +32,5 @@ test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
 
 bench: setup
-	$(BIN)/python benchmarks/fake_quant.py
-	$(BIN)/python benchmarks/pack.py
+	$(BIN)/python -m benchmarks.fake_quant
+	$(BIN)/python -m benchmarks.pack

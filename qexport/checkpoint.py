@@ -120,6 +120,7 @@ class Checkpoint(Mapping[str, Tensor | QuantizedTensor]):
 
 
 def module_of(name: str) -> str:
+    """`…q_proj` of `…q_proj.weight`."""
     return name.removesuffix(".weight")
 
 
@@ -159,6 +160,7 @@ def open_source(folder: Path) -> Checkpoint | None:
 
 
 def dense_entry(reader: ShardReader, name: str) -> Entry:
+    """The entry of a tensor that is stored as it is."""
     return Entry(reader.shape(name), reader.dtype(name), partial(reader.tensor, name))
 
 

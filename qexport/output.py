@@ -59,9 +59,13 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """
     check_writable(target)
     target = target.absolute()
-    with disk_errors(target):
+    try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise QexportError(
+            f"{target} cannot be created ({error.strerror}); choose another -o."
+        ) from error
     try:
         temporary.chmod(0o755)
         with disk_errors(target):

@@ -104,6 +104,8 @@ def load_into(
                     optimizer.state[parameter][field] = place
         values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         scheduler.load_state_dict(values["scheduler"])
+        for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate  # a schedule sets it only with its next step
         version, words, gauss = values["python_random"]
         random.setstate((version, tuple(words), gauss))
         np.random.set_state(_numpy_tuple(values["numpy_random"]))

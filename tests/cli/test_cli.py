@@ -1,0 +1,95 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qexport.cli import COMMANDS
+from tests.conftest import Cli, Runs
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_help_has_an_example(cli: Cli, name: str) -> None:
+    result = cli(name, "--help")
+    assert result.returncode == 0
+    assert "Example" in result.stdout
+    assert f"qexport {name}" in result.stdout.split("Example")[1]
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from qexport.cli import group\n"
+        "try: group.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'rich', 'fastapi', 'safetensors', 'yaml'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stderr.strip() == "[]"
+    assert "doctor" in result.stdout
+
+
+def test_inspect(cli: Cli, runs: Runs, tiny_model: Path, tmp_path: Path) -> None:
+    run = runs("2")
+    assert cli("pack", run, "--format", "gptq", "-o", tmp_path / "gptq").returncode == 0
+    for path, layout, bits in ((run, "run", 2.5), (tmp_path / "gptq", "gptq", 3.5)):
+        result = json.loads(cli("inspect", path, "--json").stdout)
+        assert result["layout"] == layout
+        assert len(result["modules"]) == 14
+        assert {m["bits_per_weight"] for m in result["modules"].values()} == {bits}
+        assert result["file_bytes"] > 0
+    assert "14 modules: int3 g32" in cli("inspect", tmp_path / "gptq").stdout
+    assert "mlp.up_proj [128, 64]" in cli("inspect", tmp_path / "gptq", "--modules").stdout
+    assert json.loads(cli("inspect", tiny_model, "--json").stdout)["modules"] == {}
+
+
+def test_pack_reports_what_it_chose(cli: Cli, runs: Runs, tmp_path: Path) -> None:
+    run = runs("2")
+    dry = cli("pack", run, "--format", "gptq", "--dry-run", "-o", tmp_path / "out")
+    assert dry.stdout == "seq2 as int3 codes at half the step, exact, 3.5 bits per weight\n"
+    assert not (tmp_path / "out").exists()
+    result = json.loads(
+        cli("pack", run, "--format", "native", "--json", "-o", tmp_path / "out").stdout
+    )
+    assert result["exact"] is True
+    assert result["bits_per_weight"] == 2.5
+    marker = json.loads((tmp_path / "out" / "qexport.json").read_text())
+    assert marker["verification"]["differing_bits"] == 0
+
+
+def test_eval_is_equal_for_equal_models(cli: Cli, runs: Runs, tmp_path: Path) -> None:
+    run = runs("2")
+    assert cli("pack", run, "--format", "gptq", "-o", tmp_path / "gptq").returncode == 0
+    common = ("--data", "builtin", "--window", 128, "--max-tokens", 500, "--json")
+    mine = json.loads(cli("eval", run, *common).stdout)
+    packed = json.loads(cli("eval", tmp_path / "gptq", *common, "--reference", run).stdout)
+    assert mine["perplexity"] == packed["perplexity"]
+    assert mine["tokens_sha256"] == packed["tokens_sha256"]
+    assert mine["tokens"] == 500
+    assert packed["kl_divergence"] == 0
+    assert packed["top1_agreement"] == 1
+
+
+def test_generate_and_chat(cli: Cli, runs: Runs) -> None:
+    run = runs("4")
+    first = cli("generate", run, "-p", "The", "--max-tokens", 8)
+    assert first.returncode == 0
+    assert cli("generate", run, "-p", "The", "--max-tokens", 8).stdout == first.stdout
+    result = subprocess.run(
+        [sys.executable, "-m", "qexport", "chat", str(run), "--max-tokens", "4"],
+        input="hello\n\n",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_doctor(cli: Cli) -> None:
+    result = json.loads(cli("doctor", "--json").stdout)
+    assert result["packages"]["torch"]
+    assert result["cpu"]["cores"]
+    assert "reference" in result["kernels"]

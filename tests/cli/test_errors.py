@@ -1,0 +1,253 @@
+"""Every mistake a user can make here: one sentence, the right exit code, nothing left on disk."""
+
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Cli, Runs
+
+
+def listing(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def one_sentence(stderr: str) -> str:
+    """The error, which must be the only line that is one, and no traceback."""
+    assert "Traceback" not in stderr, stderr
+    errors = [line for line in stderr.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1, stderr
+    return errors[0]
+
+
+TRAIN = ("--max-steps", 2, "--max-length", 32)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    folder = tmp_path / "place"
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "code", "message"),
+    [
+        ("builtin", ("--bits", "5"), 2, "'5' is not one of '1', '1.58', '2', '3', '4'"),
+        ("builtin", ("--bits", "2", "--group-size", "48"), 2, "inputs of model.layers.0.self_attn"),
+        ("builtin", ("--bits", "2", "--group-size", "0"), 2, "--group-size 0 is not a group"),
+        ("builtin", ("--bits", "2", "--lr", "-1"), 2, "--lr -1.0 is not between 0 and 1"),
+        ("builtin", ("--bits", "2", "--max-length", "1"), 2, "--max-length 1 is less than 2"),
+        ("nowhere.jsonl", ("--bits", "2"), 2, "nowhere.jsonl does not exist"),
+        ("empty.jsonl", ("--bits", "2"), 1, "empty.jsonl is empty"),
+        ("broken.jsonl", ("--bits", "2"), 1, "broken.jsonl line 1000 is not valid JSON"),
+        ("short.txt", ("--bits", "2"), 1, "fewer than one window of 32"),
+        ("no/hub", ("--bits", "2"), 2, "nor a dataset that can be fetched"),
+    ],
+)
+def test_train(
+    cli: Cli,
+    tiny_model: Path,
+    place: Path,
+    data: str,
+    options: tuple[str, ...],
+    code: int,
+    message: str,
+) -> None:
+    (place / "empty.jsonl").write_text("")
+    (place / "broken.jsonl").write_text('{"text": "x"}\n' * 999 + "{\n")
+    (place / "short.txt").write_text("too short")
+    before = listing(place)
+    result = cli("train", tiny_model, "--data", data, *TRAIN, *options, "-o", "run", cwd=place)
+    assert result.returncode == code, result.stderr
+    assert message in one_sentence(result.stderr)
+    assert listing(place) == before
+    assert result.stdout == ""
+
+
+def model_copy(tiny_model: Path, place: Path) -> Path:
+    shutil.copytree(tiny_model, place / "model")
+    return place / "model"
+
+
+def test_missing_folder(cli: Cli, place: Path) -> None:
+    commands = [
+        ("train", "./none", "--data", "builtin", "--bits", "2", "-o", "out"),
+        ("pack", "none", "--format", "native", "-o", "out"),
+        ("verify", "none", "none"),
+        ("inspect", "none"),
+        ("eval", "none", "--data", "builtin"),
+        ("generate", "none", "-p", "x"),
+        ("serve", "none", "--port", "0"),
+    ]
+    for command in commands:
+        result = cli(*command, cwd=place)
+        assert result.returncode == 2, (command, result.stderr)
+        assert "none" in one_sentence(result.stderr)
+        assert listing(place) == set()
+
+
+@pytest.mark.parametrize("command", ["train", "inspect"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("pickle", "holds only pickle weights (pytorch_model.bin)"),
+        ("truncated", "is truncated or damaged"),
+        ("huge header", "claims 1152921504606846976 bytes"),
+        ("no config", "has no config.json"),
+        ("bad config", "is not valid JSON"),
+        ("no weights", "holds no model.safetensors"),
+    ],
+)
+def test_damaged_checkpoints(
+    cli: Cli, tiny_model: Path, place: Path, command: str, damage: str, message: str
+) -> None:
+    model = model_copy(tiny_model, place)
+    weights = model / "model.safetensors"
+    if damage == "pickle":
+        weights.rename(model / "pytorch_model.bin")
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "huge header":
+        weights.write_bytes(struct.pack("<Q", 1 << 60) + weights.read_bytes()[8:])
+    elif damage == "no config":
+        (model / "config.json").unlink()
+    elif damage == "bad config":
+        (model / "config.json").write_text("{")
+    else:
+        weights.unlink()
+    before = listing(place)
+    arguments = ("--data", "builtin", "--bits", "2", "-o", "run") if command == "train" else ()
+    result = cli(command, "model", *arguments, cwd=place) if command == "inspect" else cli(
+        command, "./model", *arguments, cwd=place
+    )
+    assert result.returncode == 1, result.stderr
+    assert message in one_sentence(result.stderr)
+    assert listing(place) == before
+
+
+def test_pack_refusals(cli: Cli, runs: Runs, tiny_model: Path, place: Path) -> None:
+    run = runs("2")
+    (place / "theirs").mkdir()
+    (place / "theirs" / "letter.txt").write_text("dear")
+    before = listing(place)
+    cases = [
+        ((run, "--format", "gptq", "--bits", 2, "-o", "out"), 1, "formats that hold it exactly"),
+        ((run, "--format", "gguf9", "-o", "out"), 2, "is not one of native, gptq, gptq_v2"),
+        ((run, "--format", "native", "-o", "theirs"), 2, "was not written by qexport"),
+        ((run, "--format", "native", "-o", "theirs/letter.txt"), 2, "is not a folder"),
+        ((tiny_model, "--format", "native", "-o", "out"), 2, "there is nothing to pack"),
+        ((run, "--format", "native", "-o", run), 2, "is the run itself"),
+        ((run, "--format", "native", "-o", "/proc/out"), 1, "/proc/out cannot be created"),
+    ]
+    for arguments, code, message in cases:
+        result = cli("pack", *arguments, cwd=place)
+        assert result.returncode == code, result.stderr
+        assert message.lower() in one_sentence(result.stderr).lower()
+        assert listing(place) == before
+    assert (place / "theirs" / "letter.txt").read_text() == "dear"
+
+
+def test_verify_ends_with_3_where_it_differs(cli: Cli, runs: Runs, place: Path) -> None:
+    assert cli("pack", runs("2"), "--format", "native", "-o", place / "out").returncode == 0
+    assert cli("verify", runs("2"), place / "out").returncode == 0
+    result = cli("verify", runs("3"), place / "out", "--json")
+    assert result.returncode == 3
+    assert "is not, bit for bit" in one_sentence(result.stderr)
+    assert json.loads(result.stdout)["exact"] is False
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> object:
+    """A tmpfs with room for a marker and not for a model."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_disk_full(cli: Cli, runs: Runs, small_disk: Path, tiny_model: Path) -> None:
+    result = cli("pack", runs("4"), "--format", "gptq", "-o", small_disk / "out")
+    assert result.returncode == 1
+    assert "the disk is full while writing" in one_sentence(result.stderr)
+    assert listing(small_disk) == set()
+    arguments = ("--data", "builtin", "--bits", "2", *TRAIN, "--save-steps", 1)
+    result = cli("train", tiny_model, *arguments, "-o", small_disk / "run")
+    assert result.returncode == 1, result.stderr
+    assert "the disk is full while writing" in one_sentence(result.stderr)
+    assert listing(small_disk) == set()
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "terminate"]
+)
+def test_an_interrupted_run_leaves_nothing(
+    tiny_model: Path, place: Path, kind: signal.Signals, code: int
+) -> None:
+    arguments = ("--data", "builtin", "--bits", "2", "--max-steps", "100000", "--max-length", "32")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qexport", "train", str(tiny_model), *arguments, "-o", "run"],
+        cwd=place,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not list(place.glob("run/logs/*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(kind)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code, stderr
+    assert "Traceback" not in stderr
+    assert listing(place) == set()
+
+
+def test_two_trainers_do_not_share_a_folder(cli: Cli, tiny_model: Path, place: Path) -> None:
+    arguments = ("--data", "builtin", "--bits", "2", "--max-length", "32", "--max-steps", "100000")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qexport", "train", str(tiny_model), *arguments, "-o", "run"],
+        cwd=place,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not list(place.glob("run/logs/*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        result = cli("train", tiny_model, *arguments, "-o", "run", cwd=place)
+        assert result.returncode == 2
+        assert "another process is training run" in one_sentence(result.stderr)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_config_files(cli: Cli, tiny_model: Path, place: Path) -> None:
+    (place / "a.yaml").write_text("bits: 3\nmax-steps: 1\nmax_length: 32\ndata: builtin\n")
+    flags = ("train", tiny_model, "--config", "a.yaml", "--dry-run", "-o", "run")
+    assert "int3" in cli(*flags, cwd=place).stderr
+    environment = {"QEXPORT_TRAIN_BITS": "4"}
+    assert "int4" in cli(*flags, cwd=place, env=environment).stderr
+    assert "seq2" in cli(*flags, "--bits", "2", cwd=place, env=environment).stderr
+    for content, message in (("bitz: 3", "bitz is not an option"), ("a: [", "not valid YAML")):
+        (place / "a.yaml").write_text(content)
+        result = cli(*flags, cwd=place)
+        assert result.returncode == 2
+        assert message in one_sentence(result.stderr)
+    assert listing(place) == {"a.yaml"}
+
+
+def test_missing_arguments_are_named(cli: Cli, tiny_model: Path) -> None:
+    result = cli("train", tiny_model, "--data", "builtin")
+    assert result.returncode == 2
+    assert "Missing --bits" in one_sentence(result.stderr)
+    assert cli("tran").returncode == 2

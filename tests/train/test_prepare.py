@@ -1,0 +1,167 @@
+"""What training computes with is what is written: parametrized values, and the RUN they become."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from qexport.checkpoint import modules_to_json, open_source
+from qexport.errors import CheckpointError, InputError
+from qexport.formats import FORMATS, open_checkpoint
+from qexport.formats.pack import pack
+from qexport.grid import Scheme
+from qexport.paretoq import WIDTHS
+from qexport.runtime.loader import load_model
+from qexport.shards import ShardWriter
+from qexport.tiny import write_tiny_model
+from qexport.train import TrainConfig, train
+from qexport.train.prepare import prepare, run_tensors
+from tests.conftest import WIDTHS as BITS
+from tests.conftest import Runs
+
+
+def dense(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def test_what_is_trained_and_what_is_quantized(tiny_model: Path) -> None:
+    model = dense(tiny_model)
+    modules = prepare(model, Scheme(WIDTHS["2"].grid, 32), "mse", torch.bfloat16)
+    assert len(modules) == 14
+    assert {name.rpartition(".")[2] for name in modules} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    assert modules["model.layers.0.mlp.down_proj"][1] == (64, 128)
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
+    weight = model.model.layers[0].mlp.down_proj.weight
+    groups = weight.view(64, 4, 32)
+    assert all(group.unique().numel() <= 4 for row in groups for group in row)
+    for name in ("model.embed_tokens", "model.norm", "lm_head"):
+        value = model.get_submodule(name).weight
+        assert torch.equal(value.bfloat16().float(), value)
+
+
+def test_gradients_reach_masters_scales_norms_and_embeddings(tiny_model: Path) -> None:
+    model = dense(tiny_model)
+    prepare(model, Scheme(WIDTHS["3"].grid, 32), "mse", torch.bfloat16)
+    ids = torch.randint(0, 250, (2, 16))
+    model(input_ids=ids, labels=ids).loss.backward()
+    missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert missing == []
+
+
+def test_biases_are_kept_and_trained(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "m", attention_bias=True, tie_word_embeddings=False)
+    before = load_file(folder / "model.safetensors")
+    config = TrainConfig(
+        folder, "builtin", tmp_path / "run", "2", 32, max_steps=4, max_length=32, lr=1e-2
+    )
+    train(config, Console(quiet=True))
+    after = load_file(tmp_path / "run" / "model.safetensors")
+    names = [name for name in before if name.endswith("bias")]
+    assert len(names) == 8
+    for name in names:
+        assert after[name].dtype == torch.bfloat16
+        assert not torch.equal(after[name], before[name])
+    assert set(before) == {name for name in after if not name.endswith("_scale")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", BITS)
+def test_served_logits_are_the_fake_quant_models_bit_for_bit(
+    tiny_model: Path, tmp_path: Path, bits: str, dtype: torch.dtype
+) -> None:
+    """The trained module tree itself, not its RUN, against the packed file loaded back."""
+    model = dense(tiny_model)
+    scheme = Scheme(WIDTHS[bits].grid, 32)
+    modules = prepare(model, scheme, "mse", torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    ids = torch.randint(0, 250, (2, 24))
+    for _ in range(3):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    run = tmp_path / "run"
+    run.mkdir()
+    writer = ShardWriter(run)
+    for name, tensor in run_tensors(model, torch.bfloat16):
+        writer.add(name, tensor)
+    writer.close()
+    config = json.loads((tiny_model / "config.json").read_text())
+    config["quantization_config"] = {
+        **{"quant_method": "qexport", "format": "latent", "version": 1},
+        "config_groups": modules_to_json(modules),
+    }
+    (run / "config.json").write_text(json.dumps(config))
+    pack(open_checkpoint(run), FORMATS["native"], tmp_path / "packed")
+
+    for module in model.modules():
+        if hasattr(module, "parametrizations"):
+            for name in list(module.parametrizations):
+                torch.nn.utils.parametrize.remove_parametrizations(module, name)
+    for parameter in model.parameters():  # and not the rotary buffers, which stay float32
+        parameter.data = parameter.data.to(dtype)
+    model.eval()
+    served = load_model(open_checkpoint(tmp_path / "packed"), dtype, torch.device("cpu"))
+    with torch.inference_mode():
+        assert torch.equal(served(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_a_run_is_an_ordinary_folder(runs: Runs) -> None:
+    run = runs("2")
+    names = {path.name for path in run.iterdir()}
+    assert {
+        *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+        *("all_results.json", "eval_results.json", "trainer_state.json", "qexport.json", "logs"),
+    } <= names
+    assert not any(name.startswith((".", "checkpoint")) for name in names)
+    assert any((run / "logs").iterdir())
+    checkpoint = open_source(run)
+    assert checkpoint is not None
+    assert checkpoint.layout == "run"
+    assert len(checkpoint.modules) == 14
+
+
+def test_a_group_that_does_not_divide_names_the_module(tiny_model: Path) -> None:
+    with pytest.raises(InputError, match=r"does not divide the 64 inputs of model\.layers\.0\.self"):
+        prepare(dense(tiny_model), Scheme(WIDTHS["2"].grid, 48), "mse", torch.bfloat16)
+
+
+def test_a_model_without_such_layers_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="none of the layers"):
+        prepare(torch.nn.Linear(4, 4), Scheme(WIDTHS["2"].grid), "mse", torch.bfloat16)
+
+
+def test_upstream_paretoq_checkpoint_is_a_finished_run(tiny_model: Path, tmp_path: Path) -> None:
+    """Latent bf16 weights and weight_clip_val, as facebookresearch/ParetoQ saves them."""
+    tensors = load_file(tiny_model / "model.safetensors")
+    upstream = tmp_path / "upstream"
+    upstream.mkdir()
+    linear = [n for n in tensors if n.endswith("_proj.weight")]
+    for name in linear:
+        clip = tensors[name].abs().amax(-1, keepdim=True)
+        tensors[name.replace(".weight", ".weight_clip_val")] = clip
+    writer = ShardWriter(upstream)
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.close()
+    config = json.loads((tiny_model / "config.json").read_text())
+    (upstream / "config.json").write_text(json.dumps({**config, "w_bits": 2}))
+    checkpoint = open_checkpoint(upstream)
+    assert checkpoint.layout == "paretoq"
+    assert len(checkpoint.modules) == len(linear) == 14
+    for form in ("native", "gptq"):
+        assert pack(checkpoint, FORMATS[form], tmp_path / form).exact
+    name = linear[0]
+    w, alpha = tensors[name], tensors[name.replace(".weight", ".weight_clip_val")]
+    q = (torch.round((w / alpha).clamp(-0.99, 0.99) * 2 - 0.5) + 0.5) / 2
+    packed = open_checkpoint(tmp_path / "native").quantized(name)
+    assert torch.equal(packed.dequantize(torch.bfloat16), q * alpha)
+    (upstream / "config.json").write_text(json.dumps({**config, "w_bits": 7}))
+    with pytest.raises(CheckpointError, match="w_bits 7"):
+        open_checkpoint(upstream)

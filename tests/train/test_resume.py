@@ -1,0 +1,137 @@
+"""A run that is killed goes on as if it had never stopped: same losses, same codes, to the bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from qexport.formats import FORMATS, open_checkpoint
+from qexport.formats.pack import pack
+from qexport.formats.verify import verify
+from tests.conftest import Cli
+
+STEPS = 24
+
+
+def command(model: Path, output: Path, *extra: str) -> list[str]:
+    settings = {
+        "--data": "builtin",
+        "--bits": "2",
+        "--group-size": "32",
+        "--max-steps": str(STEPS),
+        "--max-length": "64",
+        "--batch-size": "2",
+        "--gradient-accumulation": "2",
+        "--lr": "1e-3",
+        "--save-steps": "3",
+        "--log-steps": "2",
+        "--precision": "fp32",
+    }
+    flat = [part for pair in settings.items() for part in pair]
+    return [sys.executable, "-m", "qexport", "train", str(model), *flat, "-o", str(output), *extra]
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return subprocess.run(
+        arguments, capture_output=True, text=True, check=False, timeout=300, env=environment
+    )
+
+
+def kill_after_a_checkpoint(arguments: list[str], output: Path, seed: int) -> bool:
+    """Start, wait for a first checkpoint and a random moment more, and kill -9. False: too late."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+    )
+    had = set(output.glob("checkpoint-*"))
+    while process.poll() is None and not set(output.glob("checkpoint-*")) - had:
+        time.sleep(0.005)
+    time.sleep(random.Random(seed).uniform(0, 0.2))
+    process.send_signal(signal.SIGKILL)
+    return process.wait() == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("whole") / "run"
+    result = run(command(tiny_model, output))
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_killed_and_resumed_is_bit_equal(
+    tiny_model: Path, uninterrupted: Path, tmp_path: Path, seed: int
+) -> None:
+    output = tmp_path / "run"
+    arguments = command(tiny_model, output)
+    assert kill_after_a_checkpoint(arguments, output, seed)
+    kill_after_a_checkpoint(arguments, output, seed + 100)
+    result = run(arguments)
+    assert result.returncode == 0, result.stderr
+    assert "resuming from checkpoint-" in result.stderr
+
+    mine, theirs = (json.loads((d / "all_results.json").read_text()) for d in (output, uninterrupted))
+    for key in ("steps", "tokens", "train_loss", "final_loss", "eval_loss", "eval_perplexity"):
+        assert mine[key] == theirs[key], key
+    losses = [
+        [row["loss"] for row in json.loads((d / "trainer_state.json").read_text())["log_history"][:-2]]
+        for d in (output, uninterrupted)
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == STEPS // 2
+    report = verify(open_checkpoint(uninterrupted), open_checkpoint(output))
+    assert report.exact, report.describe()
+    pack(open_checkpoint(output), FORMATS["native"], tmp_path / "packed")
+    packed = verify(open_checkpoint(uninterrupted), open_checkpoint(tmp_path / "packed"))
+    assert packed.exact, packed.describe()
+
+
+def test_a_finished_run_is_not_trained_again(tiny_model: Path, uninterrupted: Path) -> None:
+    before = (uninterrupted / "model.safetensors").stat().st_mtime_ns
+    result = run(command(tiny_model, uninterrupted))
+    assert result.returncode == 0
+    assert "is finished already" in result.stderr
+    assert (uninterrupted / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_another_runs_folder_is_left_alone(tiny_model: Path, uninterrupted: Path) -> None:
+    result = run(command(tiny_model, uninterrupted, "--seed", "7"))
+    assert result.returncode == 2
+    assert "holds another run (seed 0, now 7)" in result.stderr
+
+
+def test_no_resume_starts_over(tiny_model: Path, tmp_path: Path, cli: Cli) -> None:
+    output = tmp_path / "run"
+    common = ("train", tiny_model, "--data", "builtin", "--max-steps", 1, "--max-length", 32)
+    assert cli(*common, "--bits", "2", "-o", output).returncode == 0
+    assert cli(*common, "--bits", "3", "-o", output).returncode == 2
+    assert cli(*common, "--bits", "3", "-o", output, "--no-resume").returncode == 0
+    scheme, _ = open_checkpoint(output).modules["model.layers.0.mlp.up_proj"]
+    assert scheme.grid.name == "int3"
+
+
+def test_a_checkpoint_cut_short_is_never_taken_for_one(tmp_path: Path) -> None:
+    from qexport.train import state
+
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    state.save(tmp_path, 5, model, optimizer, scheduler, {"x": 1})
+    (tmp_path / ".checkpoint-9").mkdir()
+    (tmp_path / ".checkpoint-9" / "masters.safetensors").write_bytes(b"half")
+    assert state.last_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
+    state.drop_checkpoints(tmp_path, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+    assert not list(tmp_path.rglob("*.p*t*h")) + list(tmp_path.rglob("*.bin"))
