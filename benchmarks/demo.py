@@ -13,6 +13,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,12 @@ def main() -> None:
     dense = step("dense model", fetch)
     untrained = step("2 bits, not trained", lambda: train("untrained", 0))
     run = step(f"2 bits, {STEPS} steps of training", lambda: train("run", STEPS))
-    packed = {form: step(f"pack {form}", lambda f=form: pack(run, f)) for form in ("native", "gptq")}
+    packed = {form: step(f"pack {form}", partial(pack, run, form)) for form in ("native", "gptq")}
     figures: dict[str, Any] = {"model": NAME, "settings": TRAIN, "steps": STEPS}
     figures["training"] = json.loads((run / "all_results.json").read_text())
     figures["pack"] = packed
     figures["perplexity"] = {
-        name: step(f"perplexity, {name}", lambda p=path: evaluate(p))
+        name: step(f"perplexity, {name}", partial(evaluate, path))
         for name, path in (
             ("dense", dense),
             ("before training", untrained),
@@ -194,7 +195,9 @@ def show(figures: dict[str, Any], dense: Path) -> None:
         proof = report["verification"]
         verdict = "verified exact" if proof["exact"] else "NOT exact"
         counts = f"{proof['differing_codes']} differing codes, {proof['differing_bits']} bits"
-        table.add_row(f"packed as {form}", f"{report['total_bytes'] / 1e6:.0f} MB, {report['held'][0]}")
+        table.add_row(
+            f"packed as {form}", f"{report['total_bytes'] / 1e6:.0f} MB, {report['held'][0]}"
+        )
         table.add_row("", f"{verdict} ({counts} of {proof['weights']:,} weights)")
     for name, result in figures["perplexity"].items():
         table.add_row(f"perplexity, {name}", f"{result['perplexity']:,.2f}")

@@ -21,6 +21,7 @@ __all__ = ["best_device", "load_model", "load_tokenizer", "open_model", "resolve
 
 
 def best_device() -> torch.device:
+    """The first GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

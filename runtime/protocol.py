@@ -135,6 +135,7 @@ class Reply:
 
 
 def usage(prompt: int, completion: int) -> dict[str, int]:
+    """Token counts in OpenAI's form."""
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -148,4 +149,5 @@ def error_body(
     param: str | None = None,
     code: str | None = None,
 ) -> dict[str, Any]:
+    """An error in OpenAI's form; `kind` is its `type`."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -35,7 +35,9 @@ def test_the_package_exports_what_it_says() -> None:
 
 def test_importing_qexport_is_light() -> None:
     code = "import sys, qexport; print('torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "False"
 
 
@@ -53,7 +55,9 @@ def test_exit_codes() -> None:
 
 
 def test_no_pickle_anywhere() -> None:
-    pattern = re.compile(r"torch\.(load|save)\(|import pickle|pickle\.load|joblib|trust_remote_code")
+    pattern = re.compile(
+        r"torch\.(load|save)\(|import pickle|pickle\.load|joblib|trust_remote_code"
+    )
     for folder in ("qexport", "formats", "runtime"):
         for path in (ROOT / folder).rglob("*.py"):
             assert not pattern.search(path.read_text()), path

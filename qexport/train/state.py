@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import TrainerState
 
 from qexport.errors import CheckpointError
 from qexport.output import disk_errors
@@ -44,13 +45,14 @@ def drop_checkpoints(run: Path, keep: int = 0) -> None:
 
 def save(
     run: Path,
-    step: int,
+    trainer_state: TrainerState,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
     progress: dict[str, Any],
 ) -> Path:
-    """Write `checkpoint-<step>` into `run`; `progress` is the trainer's own JSON."""
+    """Write `checkpoint-<step>` into `run`; `progress` is JSON of the caller's own."""
+    step = trainer_state.global_step
     temporary = run / f".{_PREFIX}{step}"
     shutil.rmtree(temporary, ignore_errors=True)
     with disk_errors(run):
@@ -71,6 +73,7 @@ def save(
             "progress": progress,
         }
         (temporary / "state.json").write_text(json.dumps(values), encoding="utf-8")
+        trainer_state.save_to_json(str(temporary / "trainer_state.json"))
         _flush(temporary)
         final = run / f"{_PREFIX}{step}"
         shutil.rmtree(final, ignore_errors=True)
@@ -116,7 +119,7 @@ def load_into(
 
 
 def load_progress(folder: Path) -> dict[str, Any]:
-    """The trainer's own JSON as `save` was given it. Raises CheckpointError where damaged."""
+    """The `progress` that `save` was given. Raises CheckpointError where damaged."""
     try:
         values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         progress: dict[str, Any] = values["progress"]

@@ -48,20 +48,18 @@ class QatTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         progress = {
-            "trainer": self.state.__dict__ | {"stateful_callbacks": {}},
             "loss_sum": self._total_loss_scalar,
             "loss_pending": self._tr_loss.item(),
             "last_logged": self._globalstep_last_logged,
         }
-        folder = state.save(
+        state.save(
             Path(self.args.output_dir),
-            self.state.global_step,
+            self.state,
             self.model,
             self.optimizer,
             self.lr_scheduler,
             progress,
         )
-        self.state.save_to_json(str(folder / "trainer_state.json"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         state.load_into(Path(resume_from_checkpoint), self.model, None, None)

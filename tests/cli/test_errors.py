@@ -125,8 +125,10 @@ def test_damaged_checkpoints(
         weights.unlink()
     before = listing(place)
     arguments = ("--data", "builtin", "--bits", "2", "-o", "run") if command == "train" else ()
-    result = cli(command, "model", *arguments, cwd=place) if command == "inspect" else cli(
-        command, "./model", *arguments, cwd=place
+    result = (
+        cli(command, "model", *arguments, cwd=place)
+        if command == "inspect"
+        else cli(command, "./model", *arguments, cwd=place)
     )
     assert result.returncode == 1, result.stderr
     assert message in one_sentence(result.stderr)

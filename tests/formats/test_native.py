@@ -98,7 +98,10 @@ def test_every_grid_and_odd_shape(
     tmp_path: Path, grid: str, shape: tuple[int, int, int | None]
 ) -> None:
     out, inputs, group = shape
-    mine = {"a.weight": tensor(grid, out, inputs, group), "norm": torch.randn(4).half()}
+    mine: dict[str, QuantizedTensor | torch.Tensor] = {
+        "a.weight": tensor(grid, out, inputs, group),
+        "norm": torch.randn(4).half(),
+    }
     source = checkpoint(tmp_path, mine)
     pack(source, NATIVE, tmp_path / "out")
     expected = mine["a.weight"]

@@ -154,7 +154,12 @@ CHAT = {"model": "tiny-4bit", "messages": MESSAGES}
         ("/chat/completions", {**CHAT, "model": "other"}, 404, "model"),
         ("/chat/completions", {"model": "tiny-4bit"}, 400, "messages"),
         ("/chat/completions", {**CHAT, "messages": []}, 400, "messages"),
-        ("/chat/completions", {**CHAT, "messages": [{"role": "x", "content": ""}]}, 400, "messages"),
+        (
+            "/chat/completions",
+            {**CHAT, "messages": [{"role": "x", "content": ""}]},
+            400,
+            "messages",
+        ),
         ("/chat/completions", {**CHAT, "max_tokens": "abc"}, 400, "max_tokens"),
         ("/chat/completions", {**CHAT, "max_tokens": -5}, 400, "max_tokens"),
         ("/chat/completions", {**CHAT, "temperature": 9}, 400, "temperature"),

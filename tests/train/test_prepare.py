@@ -128,7 +128,9 @@ def test_a_run_is_an_ordinary_folder(runs: Runs) -> None:
 
 
 def test_a_group_that_does_not_divide_names_the_module(tiny_model: Path) -> None:
-    with pytest.raises(InputError, match=r"does not divide the 64 inputs of model\.layers\.0\.self"):
+    with pytest.raises(
+        InputError, match=r"does not divide the 64 inputs of model\.layers\.0\.self"
+    ):
         prepare(dense(tiny_model), Scheme(WIDTHS["2"].grid, 48), "mse", torch.bfloat16)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerState
 
 from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.pack import pack
@@ -80,11 +81,16 @@ def test_killed_and_resumed_is_bit_equal(
     assert result.returncode == 0, result.stderr
     assert "resuming from checkpoint-" in result.stderr
 
-    mine, theirs = (json.loads((d / "all_results.json").read_text()) for d in (output, uninterrupted))
+    mine, theirs = (
+        json.loads((d / "all_results.json").read_text()) for d in (output, uninterrupted)
+    )
     for key in ("steps", "tokens", "train_loss", "final_loss", "eval_loss", "eval_perplexity"):
         assert mine[key] == theirs[key], key
     losses = [
-        [row["loss"] for row in json.loads((d / "trainer_state.json").read_text())["log_history"][:-2]]
+        [
+            row["loss"]
+            for row in json.loads((d / "trainer_state.json").read_text())["log_history"][:-2]
+        ]
         for d in (output, uninterrupted)
     ]
     assert losses[0] == losses[1]
@@ -128,7 +134,8 @@ def test_a_checkpoint_cut_short_is_never_taken_for_one(tmp_path: Path) -> None:
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    state.save(tmp_path, 5, model, optimizer, scheduler, {"x": 1})
+    trainer_state = TrainerState(global_step=5)
+    state.save(tmp_path, trainer_state, model, optimizer, scheduler, {"x": 1})
     (tmp_path / ".checkpoint-9").mkdir()
     (tmp_path / ".checkpoint-9" / "masters.safetensors").write_bytes(b"half")
     assert state.last_checkpoint(tmp_path) == tmp_path / "checkpoint-5"

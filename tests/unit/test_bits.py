@@ -51,7 +51,7 @@ def test_long_matrices_go_through_in_chunks(monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_refuses_what_it_cannot_pack(codes: Tensor, width: int) -> None:
-    with pytest.raises(ValueError, match="bits|uint8"):
+    with pytest.raises(ValueError, match=r"bits|uint8"):
         bits.pack(codes, width)
 
 

@@ -18,7 +18,7 @@ def tokenizer(tiny_model: Path) -> Any:
 def test_builtin_splits_are_apart_and_whole(tokenizer: Any) -> None:
     parts = [list(documents("builtin", s, tokenizer)) for s in ("train", "calibration", "eval")]
     everything = list(documents("builtin", "all", tokenizer))
-    assert sorted(sum(parts, [])) == sorted(everything)
+    assert sorted(text for part in parts for text in part) == sorted(everything)
     assert all(parts)
     assert len(parts[0]) > len(parts[2])
 

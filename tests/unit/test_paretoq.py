@@ -30,7 +30,8 @@ def numpy_portable(step: Array) -> Array:
     """Round float64 values to 8 significant bits and multiples of 2**-23, ties to even."""
     _, exponent = np.frexp(step)
     unit = np.maximum(np.ldexp(1.0, exponent - 8), 2.0**-23)
-    return np.clip(np.rint(step / unit) * unit, 2.0**-23, 65280.0)
+    found: Array = np.clip(np.rint(step / unit) * unit, 2.0**-23, 65280.0)
+    return found
 
 
 def numpy_scale(bits: str, alpha: Array, portable: bool) -> Array:
@@ -137,7 +138,7 @@ def test_codes_values_and_gradients(
         assert torch.equal(found.dequantize(narrow), expected)
 
     grad = np.random.default_rng(1).normal(0, 1, (OUT, IN)).astype(np.float32)
-    output.backward(torch.from_numpy(grad))
+    torch.autograd.backward(output, torch.from_numpy(grad))
     assert weight.grad is not None
     assert learned.grad is not None
     grad_w, grad_alpha = numpy_gradients(

@@ -45,7 +45,7 @@ def test_a_transposed_tensor_is_written_as_it_reads(tmp_path: Path) -> None:
 
 
 def test_no_weights(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds no model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"holds no model\.safetensors"):
         ShardReader(tmp_path)
 
 

@@ -87,5 +87,5 @@ def test_embedding_refuses_what_is_not_exact() -> None:
 def test_parts_that_do_not_fit_are_refused(
     codes: torch.Tensor, scales: torch.Tensor, scheme: Scheme, zeros: torch.Tensor | None
 ) -> None:
-    with pytest.raises(ValueError, match="codes|scales|zero points"):
+    with pytest.raises(ValueError, match=r"codes|scales|zero points"):
         QuantizedTensor(codes, scales, scheme, zeros)
