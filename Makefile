@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check fmt test-gpu bench
+.PHONY: setup demo test check fmt test-gpu bench oracle
 
 setup: .venv/.ready
 
@@ -30,6 +30,12 @@ fmt: setup
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+# The real engines that the oracle tests ask; without it `make test` skips them and says so.
+oracle: .venv-oracle/.ready
+
+.venv-oracle/.ready: tests/oracle/install.py constraints.txt
+	$(PYTHON) tests/oracle/install.py
 
 bench: setup
 	$(BIN)/python -m benchmarks.fake_quant
