@@ -23,6 +23,7 @@ from qexport.shards import ShardWriter
 from qexport.train import state
 from qexport.train.config import TrainConfig
 from qexport.train.prepare import prepare, run_tensors
+from qexport.train.progress import ProgressReport
 from qexport.train.trainer import QatTrainer, ShuffledWindows, make_trainer
 
 __all__ = ["train"]
@@ -59,9 +60,11 @@ def train(config: TrainConfig, console: Console, *, dry_run: bool = False) -> di
         resumed = state.last_checkpoint(run)
         if resumed is not None:
             console.print(f"resuming from {resumed.name}")
-        trainer = make_trainer(config, model, training, max_steps, precision, console)
+        report = ProgressReport(console, config.tokens_per_step)
+        trainer = make_trainer(config, model, training, max_steps, precision, report)
         if max_steps:
-            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+            with contextlib.closing(report):
+                trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         results = _results(trainer, config, max_steps, held_out)
         _write_run(run, source, model, modules, stored, trainer, results)
         mark(run, "run", status="finished", settings=config.identity())
@@ -80,10 +83,12 @@ def _finished(config: TrainConfig) -> dict[str, Any] | None:
     """The results of an equal run that is finished. Raises InputError over another run's folder."""
     check_writable(config.output)
     found = marker(config.output)
-    if found is None or not config.resume:
+    if found is None:
         return None
     if found["kind"] != "run":
         raise InputError(f"{config.output} holds a {found['kind']} checkpoint; choose another -o.")
+    if not config.resume:
+        return None
     mine, theirs = config.identity(), found.get("settings", {})
     for key, value in mine.items():
         if theirs.get(key) != value:
@@ -101,8 +106,6 @@ def _finished(config: TrainConfig) -> dict[str, Any] | None:
 def _claimed(config: TrainConfig) -> Iterator[Path]:
     """The run folder, ours alone for the block; removed on failure while it holds no checkpoint."""
     run = config.output
-    if not config.resume and run.exists():
-        shutil.rmtree(run)
     run.mkdir(parents=True, exist_ok=True)
     lock = (run / ".lock").open("w")
     try:
@@ -111,6 +114,8 @@ def _claimed(config: TrainConfig) -> Iterator[Path]:
         lock.close()
         raise InputError(f"another process is training {run}; wait for it or stop it.") from None
     try:
+        if not config.resume:
+            _clear(run)
         state.drop_checkpoints(run, keep=1)
         if marker(run) is None:
             mark(run, "run", status="training", settings=config.identity())
@@ -122,6 +127,15 @@ def _claimed(config: TrainConfig) -> Iterator[Path]:
         else:
             (run / ".lock").unlink(missing_ok=True)
         lock.close()
+
+
+def _clear(run: Path) -> None:
+    """Empty a run folder that we hold the lock of."""
+    for path in run.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
 
 
 def _load_windows(config: TrainConfig, tokenizer: Any) -> tuple[Tensor, Tensor | None]:

@@ -42,7 +42,9 @@ class ProgressReport(TrainerCallback):
             self._bar.start()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        self._loss = (logs or {}).get("loss", self._loss)
+        if "loss" not in (logs or {}):
+            return  # the summary at the end, or an evaluation
+        self._loss = logs["loss"]
         now = time.monotonic()
         done = state.global_step - self._first_step
         speed = done * self._tokens_per_step / max(now - self._started, 1e-9)
@@ -60,6 +62,7 @@ class ProgressReport(TrainerCallback):
             )
 
     def close(self) -> None:
+        """Give the terminal back, however the training ended."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

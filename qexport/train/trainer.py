@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -98,9 +97,9 @@ def make_trainer(
     training: Tensor,
     max_steps: int,
     precision: str,
-    console: Console,
+    report: ProgressReport,
 ) -> QatTrainer:
-    """A trainer for a prepared `model` over windows [n, max_length], reporting to `console`."""
+    """A trainer for a prepared `model` over windows [n, max_length], told of by `report`."""
     arguments = TrainingArguments(
         output_dir=str(config.output),
         max_steps=max(max_steps, 1),
@@ -131,7 +130,7 @@ def make_trainer(
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(callback)
-    trainer.add_callback(ProgressReport(console, config.tokens_per_step))
+    trainer.add_callback(report)
     trainer.add_callback(TensorBoardLog(str(config.output / "logs")))
     trainer.add_callback(_LossSoFar(trainer))
     return trainer
