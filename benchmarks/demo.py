@@ -115,7 +115,7 @@ def dequantize(gguf: Path, folder: Path) -> None:
 
     logging.disable_progress_bar()
     source: dict[str, Any] = {"gguf_file": gguf.name}
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, "dense") as temporary:
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             **source,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qexport import bits
-from qexport.checkpoint import Checkpoint, Entry, Modules, dense_entry, expect
+from qexport.checkpoint import Checkpoint, Entry, Modules, checked_scales, dense_entry, expect
 from qexport.errors import CheckpointError, RefusedError
 from qexport.formats.base import Format
 from qexport.grid import INT2, INT3, INT4, INT8, UINT2, UINT3, UINT4, UINT8, Scheme
@@ -112,7 +112,7 @@ class Gptq(Format):
         self, reader: ShardReader, module: str, scheme: Scheme, shape: tuple[int, int]
     ) -> QuantizedTensor:
         width, (out, inputs) = scheme.grid.bits, shape
-        scales = reader.tensor(f"{module}.scales").t().contiguous()
+        scales = checked_scales(reader, f"{module}.scales").t().contiguous()
         index = reader.tensor(f"{module}.g_idx")
         if not torch.equal(index, _group_index(inputs, scales.shape[1])):
             raise CheckpointError(
@@ -143,8 +143,8 @@ class GptqV2(Gptq):
 
 def _scheme(reader: ShardReader, module: str, symmetric: bool) -> tuple[Scheme, tuple[int, int]]:
     """Width, group size and shape from the tensors, which outvote a config's `dynamic` rules."""
-    (inputs,) = reader.shape(f"{module}.g_idx") or (0,)
-    rows, out = (*reader.shape(f"{module}.qweight"), 0)[:2]
+    inputs = (*reader.shape(f"{module}.g_idx"), 0)[0]
+    rows, out = (*reader.shape(f"{module}.qweight"), 0, 0)[:2]
     groups = (*reader.shape(f"{module}.scales"), 0)[0]
     width = rows * _WORD // inputs if inputs else 0
     grids = _SYMMETRIC if symmetric else _ASYMMETRIC

@@ -12,6 +12,7 @@ from qexport.checkpoint import (
     Checkpoint,
     Entry,
     Modules,
+    checked_scales,
     dense_entry,
     expect,
     modules_from_json,
@@ -89,4 +90,4 @@ def _load(
             f"{scheme.grid.levels} levels; the file is damaged."
         )
     zeros = None if scheme.symmetric else reader.tensor(f"{module}.zeros")
-    return QuantizedTensor(codes, reader.tensor(f"{module}.scales"), scheme, zeros)
+    return QuantizedTensor(codes, checked_scales(reader, f"{module}.scales"), scheme, zeros)

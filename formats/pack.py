@@ -75,14 +75,14 @@ def pack(
     VerificationError if the written file is not its source.
     """
     verdicts = plan(source, form, bits=bits, allow_lossy=allow_lossy)
-    check_writable(out)
     if out.exists() and out.resolve() == source.folder.resolve():
         raise InputError(f"{out} is the run itself; choose another -o.")
+    check_writable(out, "packed")
     modules: Modules = {
         module: (_holder(verdicts[module]), shape) for module, (_, shape) in source.modules.items()
     }
     quantization = form.quantization_config(modules)
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, "packed") as folder:
         quantized_bytes, total_bytes = _write(source, form, verdicts, folder)
         write_json(folder / "config.json", {**source.config, "quantization_config": quantization})
         for name, content in form.extra_files(quantization).items():

@@ -74,7 +74,8 @@ class Verification:
             for what, names in lists.items()
             if names
         ]
-        return f"NOT exact: {counts} in {over}; " + "; ".join(parts)
+        error = f", largest error {self.largest_error:.3g}" if self.differing_bits else ""
+        return f"NOT exact: {counts}{error} in {over}; " + "; ".join(parts)
 
 
 def verify(source: Checkpoint, artefact: Checkpoint) -> Verification:
@@ -87,9 +88,10 @@ def verify(source: Checkpoint, artefact: Checkpoint) -> Verification:
             _compare(name, source[name], artefact[name], report)
     if source.config != artefact.config:
         report.differing_files.append("config.json")
-    for file in source.carried_files():
-        if not _same_file(file, artefact.folder / file.name):
-            report.differing_files.append(file.name)
+    names = {file.name for side in (source, artefact) for file in side.carried_files()}
+    for name in sorted(names):
+        if not _same_file(source.folder / name, artefact.folder / name):
+            report.differing_files.append(name)
     return report
 
 

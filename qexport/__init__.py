@@ -14,10 +14,8 @@ _HOMES = {
     "QexportError": "qexport.errors",
     "QuantizedTensor": "qexport.tensor",
     "Scheme": "qexport.grid",
-    "TrainConfig": "qexport.train",
     "open_checkpoint": "qexport.formats",
     "pack": "qexport.formats.pack",
-    "train": "qexport.train",
     "verify": "qexport.formats.verify",
 }
 
@@ -27,11 +25,9 @@ __all__ = [
     "QexportError",
     "QuantizedTensor",
     "Scheme",
-    "TrainConfig",
     "__version__",
     "open_checkpoint",
     "pack",
-    "train",
     "verify",
 ]
 

@@ -27,6 +27,7 @@ __all__ = [
     "Checkpoint",
     "Entry",
     "Modules",
+    "checked_scales",
     "dense_entry",
     "expect",
     "module_of",
@@ -135,7 +136,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} has no config.json; give the folder of a Hugging Face checkpoint."
         ) from None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}).") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} does not hold an object.")
@@ -208,6 +209,17 @@ def expect(reader: ShardReader, name: str, dtype: torch.dtype, shape: tuple[int,
         )
 
 
+def checked_scales(reader: ShardReader, name: str) -> Tensor:
+    """The scales `name`, or CheckpointError if one is not positive and finite."""
+    scales = reader.tensor(name)
+    if not bool((scales > 0).all()) or not bool(scales.isfinite().all()):
+        raise CheckpointError(
+            f"{reader.folder}: {name} holds a scale that is not positive and finite; the file is "
+            "damaged, or its training diverged."
+        )
+    return scales
+
+
 def _is_shape(value: object) -> bool:
     return (
         isinstance(value, list)
@@ -239,17 +251,17 @@ def _run_entries(reader: ShardReader, quantization: dict[str, Any]) -> dict[str,
 
 def _load_latent(reader: ShardReader, module: str, scheme: Scheme) -> QuantizedTensor:
     weight = reader.tensor(f"{module}.weight")
-    scale = reader.tensor(module + SCALE_SUFFIX).float()
-    if not bool(weight.isfinite().all()) or not bool((scale > 0).all()):
+    scale = checked_scales(reader, module + SCALE_SUFFIX).float()
+    if not bool(weight.isfinite().all()):
         raise CheckpointError(
-            f"{reader.folder}: {module} holds a NaN, an infinity or a scale that is not positive; "
-            "its training diverged."
+            f"{reader.folder}: {module} holds a NaN or an infinity; its training diverged."
         )
     return quantize(weight, scale, scheme)
 
 
 def _upstream_entries(reader: ShardReader, config: dict[str, Any]) -> dict[str, Entry]:
-    bits = {0: "1.58"}.get(config.get("w_bits", -1), str(config.get("w_bits")))
+    width = config.get("w_bits")
+    bits = "1.58" if width == 0 else str(width)
     if bits not in WIDTHS:
         raise CheckpointError(
             f"{reader.folder} has weight_clip_val tensors but w_bits {config.get('w_bits')!r} in "

@@ -38,26 +38,32 @@ def marker(folder: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) and "kind" in value else None
 
 
-def check_writable(target: Path) -> None:
-    """Raise InputError where `target` exists and is neither an empty folder nor one of ours."""
+def check_writable(target: Path, kind: str) -> None:
+    """Raise InputError where `target` exists and is no empty folder and no `kind` of ours."""
     if not target.exists() and not target.is_symlink():
         return
     if not target.is_dir():
         raise InputError(f"{target} is not a folder; choose another -o.")
-    if any(target.iterdir()) and marker(target) is None:
+    found = marker(target)
+    if found is None and any(target.iterdir()):
         raise InputError(
             f"{target} exists and was not written by qexport; choose another -o or remove it."
+        )
+    if found is not None and found["kind"] != kind:
+        raise InputError(
+            f"{target} holds a {found['kind']} checkpoint, not a {kind} one; choose another -o."
         )
 
 
 @contextlib.contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path, kind: str) -> Iterator[Path]:
     """Yield a temporary folder beside `target` that takes its place when the block succeeds.
 
+    `kind` is what the block marks it as; a folder of another kind is not replaced.
     On any error or interrupt the temporary folder is removed and `target` stays as it was.
     Raises InputError where `target` is not ours, QexportError where the disk is full or read-only.
     """
-    check_writable(target)
+    check_writable(target, kind)
     target = target.absolute()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -87,6 +87,11 @@ class ShardReader:
         return self._handles[file]
 
     def _locate(self) -> dict[str, str]:
+        if (self.folder / _INDEX).is_file() and (self.folder / _SINGLE).is_file():
+            raise CheckpointError(
+                f"{self.folder} has both {_SINGLE} and {_INDEX}, and readers differ in which they "
+                "take; remove the one that is not meant."
+            )
         if (self.folder / _INDEX).is_file():
             files = self._read_index()
         elif (self.folder / _SINGLE).is_file():

@@ -14,6 +14,9 @@ from qexport.errors import InputError, QexportError
 __all__ = ["Generator", "Piece", "Sampling"]
 
 
+_GREEDY_BELOW = 1e-4  # smaller temperatures overflow float32 and mean the same
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen and when to end.
@@ -47,6 +50,8 @@ class Generator:
         self._end = _end_tokens(model, tokenizer)
 
     def encode(self, text: str) -> list[int]:
+        """Prompt tokens of plain text."""
+        _check_text(text)
         ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
         return ids
 
@@ -60,6 +65,7 @@ class Generator:
             )
         except Exception as error:  # the template's own code: it may raise anything
             raise InputError(f"the chat template refuses these messages ({error}).") from error
+        _check_text(text)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
@@ -126,7 +132,7 @@ class _Sampler:
         """The next token from float32 logits [vocabulary]."""
         if not bool(logits.isfinite().any()) or bool(logits.isnan().any()):
             raise QexportError("the model gave NaN; its weights or its dtype are at fault.")
-        if self._sampling.temperature == 0:
+        if self._sampling.temperature < _GREEDY_BELOW:
             return int(logits.argmax())
         probabilities = torch.softmax(logits / self._sampling.temperature, dim=-1)
         if self._sampling.top_p < 1:
@@ -166,6 +172,13 @@ class _StopText:
     def _overlap(self, stop: str) -> int:
         longest = min(len(stop) - 1, len(self._held))
         return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError("the text has half a surrogate pair, which is no character.") from error
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

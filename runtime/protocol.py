@@ -16,6 +16,7 @@ __all__ = [
     "usage",
 ]
 
+_LONGEST_MESSAGE = 500  # a request must not choose the size of its answer
 _DEFAULT_TOKENS = {"chat.completion": 512, "text_completion": 16}
 
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
@@ -150,4 +151,5 @@ def error_body(
     code: str | None = None,
 ) -> dict[str, Any]:
     """An error in OpenAI's form; `kind` is its `type`."""
+    message = message[:_LONGEST_MESSAGE]
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -3,16 +3,18 @@
 import asyncio
 import hmac
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from collections.abc import Generator as Stream
 from contextlib import aclosing
 from typing import Any
 
+import anyio
 from anyio import to_thread
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qexport.errors import InputError, QexportError
 from qexport.runtime import protocol
@@ -21,8 +23,6 @@ from qexport.runtime.protocol import ChatRequest, CompletionRequest, Reply, erro
 from qexport.version import __version__
 
 __all__ = ["create_app"]
-
-_LONGEST_MESSAGE = 500  # of a validation error: a request must not choose the size of its answer
 
 
 def create_app(generator: Generator, model: str, api_key: str | None = None) -> FastAPI:
@@ -34,7 +34,7 @@ def create_app(generator: Generator, model: str, api_key: str | None = None) -> 
     engine = _Engine(generator, model)
     _install_errors(app)
     if api_key is not None:
-        _install_key(app, api_key)
+        app.add_middleware(_Guard, api_key=api_key)
 
     @app.get("/health")
     async def health() -> Response:
@@ -47,6 +47,7 @@ def create_app(generator: Generator, model: str, api_key: str | None = None) -> 
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
+        engine.check_model(body.model)
         reply = Reply("text_completion", model)
         prompt = body.prompt
         ids = (
@@ -58,6 +59,7 @@ def create_app(generator: Generator, model: str, api_key: str | None = None) -> 
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
+        engine.check_model(body.model)
         reply = Reply("chat.completion", model)
         messages = [message.for_template() for message in body.messages]
         ids = await to_thread.run_sync(generator.encode_chat, messages)
@@ -65,6 +67,25 @@ def create_app(generator: Generator, model: str, api_key: str | None = None) -> 
         return await engine.answer(request, body, limit, ids, reply)
 
     return app
+
+
+class _NoSuchModelError(Exception):
+    """A request names a model that is not served."""
+
+
+class _Stream(StreamingResponse):
+    """A stream that is closed with its connection, wherever the client's leaving caught it."""
+
+    def __init__(self, events: AsyncGenerator[str, None]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._events.aclose()
 
 
 class _Engine:
@@ -75,6 +96,12 @@ class _Engine:
         self._model = model
         self._turn = asyncio.Lock()
 
+    def check_model(self, name: str) -> None:
+        """Raise _NoSuchModelError before any work is done for a model that is not served."""
+        if name != self._model:
+            shown = name[:100]
+            raise _NoSuchModelError(f"the model {shown!r} is not served here; {self._model!r} is.")
+
     async def answer(
         self,
         request: Request,
@@ -83,10 +110,6 @@ class _Engine:
         prompt: list[int],
         reply: Reply,
     ) -> Response:
-        if body.model != self._model:
-            message = f"the model {body.model!r} is not served here; {self._model!r} is."
-            content = error_body(message, param="model", code="model_not_found")
-            return JSONResponse(content, 404)
         room = self._generator.context - len(prompt)
         sampling = body.sampling(limit or max(1, min(reply.default_tokens, room)))
         # Checked here, before a stream's 200 is on the wire.
@@ -95,7 +118,7 @@ class _Engine:
         if body.stream:
             options = body.stream_options
             events = _events(pieces, reply, len(prompt), bool(options and options.include_usage))
-            return StreamingResponse(events, media_type="text/event-stream")
+            return _Stream(events)
         text, count, finish = "", 0, None
         async with aclosing(pieces):
             async for piece in pieces:
@@ -116,7 +139,7 @@ class _Engine:
 
 async def _events(
     pieces: AsyncGenerator[Piece, None], reply: Reply, prompt: int, with_usage: bool
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str, None]:
     """The server-sent events of one stream. An error after the first byte becomes an event."""
     count = 0
     try:
@@ -134,6 +157,8 @@ async def _events(
             yield _event(reply.closing(usage(prompt, count)))
     except QexportError as error:
         yield _event(error_body(str(error), "server_error"))
+    except Exception:  # the answer has begun: an event is the only way to say it
+        yield _event(error_body("internal error.", "server_error"))
     yield "data: [DONE]\n\n"
 
 
@@ -141,16 +166,22 @@ def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
-def _install_key(app: FastAPI, api_key: str) -> None:
-    expected = f"Bearer {api_key}".encode()
+class _Guard:
+    """Plain ASGI, so that nothing stands between a stream and its connection."""
 
-    @app.middleware("http")
-    async def guard(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
-        given = request.headers.get("authorization", "").encode()
-        if request.url.path != "/health" and not hmac.compare_digest(given, expected):
-            content = error_body("a valid API key is needed.", code="invalid_api_key")
-            return JSONResponse(content, 401, {"WWW-Authenticate": "Bearer"})
-        return await call(request)
+    def __init__(self, app: ASGIApp, api_key: str) -> None:
+        self._app = app
+        self._expected = f"Bearer {api_key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != "/health":
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._expected):
+                content = error_body("a valid API key is needed.", code="invalid_api_key")
+                answer = JSONResponse(content, 401, {"WWW-Authenticate": "Bearer"})
+                await answer(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 def _install_errors(app: FastAPI) -> None:
@@ -160,12 +191,16 @@ def _install_errors(app: FastAPI) -> None:
         where = [str(part) for part in first["loc"] if part != "body"]
         param = where[0] if where else None
         message = f"{'.'.join(where)}: {first['msg']}" if where else str(first["msg"])
-        return JSONResponse(error_body(message[:_LONGEST_MESSAGE], param=param), 400)
+        return JSONResponse(error_body(message, param=param), 400)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         message = f"{request.method} {request.url.path[:100]}: {error.detail}."
         return JSONResponse(error_body(message), error.status_code, error.headers)
+
+    @app.exception_handler(_NoSuchModelError)
+    async def no_model(_: Request, error: _NoSuchModelError) -> JSONResponse:
+        return JSONResponse(error_body(str(error), param="model", code="model_not_found"), 404)
 
     @app.exception_handler(QexportError)
     async def ours(_: Request, error: QexportError) -> JSONResponse:

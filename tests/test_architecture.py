@@ -29,7 +29,7 @@ def test_public_names_are_documented_and_sorted() -> None:
 
 def test_the_package_exports_what_it_says() -> None:
     for name in qexport.__all__:
-        assert getattr(qexport, name) is not None
+        assert callable(getattr(qexport, name)) or name == "__version__"
     assert sorted(qexport.__all__) == qexport.__all__
 
 
@@ -56,7 +56,7 @@ def test_exit_codes() -> None:
 
 def test_no_pickle_anywhere() -> None:
     pattern = re.compile(
-        r"torch\.(load|save)\(|import pickle|pickle\.load|joblib|trust_remote_code"
+        r"torch\.(load|save)\(|import pickle|pickle\.load|joblib|trust_remote_code=True"
     )
     for folder in ("qexport", "formats", "runtime"):
         for path in (ROOT / folder).rglob("*.py"):

@@ -38,8 +38,9 @@ def command(
             return
         messages.append({"role": "user", "content": question})
         answer = ""
-        sampling = Sampling(max_tokens, temperature)
-        for piece in generator.stream(generator.encode_chat(messages), sampling):
+        prompt = generator.encode_chat(messages)
+        room = max(1, min(max_tokens, generator.context - len(prompt)))
+        for piece in generator.stream(prompt, Sampling(room, temperature)):
             answer += piece.text
             click.echo(piece.text, nl=False)
         click.echo()

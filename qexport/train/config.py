@@ -85,5 +85,17 @@ class TrainConfig:
     def identity(self) -> dict[str, Any]:
         """What must be equal for one run to continue another, as it stands in the marker."""
         fields = {key: v for key, v in asdict(self).items() if key not in _FREE_FIELDS}
-        fields["model"] = str(Path(fields["model"]).resolve())
+        fields["model"] = str(self.model.resolve())
+        fields["model_files"] = [_state(path) for path in sorted(self.model.glob("*.safetensors"))]
+        for name in ("data", "eval_data"):
+            path = Path(fields[name] or "")
+            if path.is_file():
+                fields[name] = str(path.resolve())
+                fields[f"{name}_file"] = _state(path)
         return fields
+
+
+def _state(path: Path) -> list[int]:
+    """Size and time of a file: another content under the same name is another run."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]

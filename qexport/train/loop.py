@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from qexport.checkpoint import CONFIG_VERSION, Checkpoint, Modules, modules_to_json, open_source
 from qexport.data import documents, hold_out, tokenize, windows
-from qexport.errors import CheckpointError, DataError, InputError
+from qexport.errors import CheckpointError, DataError, InputError, QexportError
+from qexport.modelling import build_model, load_tokenizer
 from qexport.output import check_writable, disk_errors, mark, marker, write_json
 from qexport.shards import ShardWriter
 from qexport.train import state
@@ -37,22 +36,22 @@ def train(config: TrainConfig, console: Console, *, dry_run: bool = False) -> di
     finished is not trained again. Raises InputError, DataError or CheckpointError before anything
     is written where the model, the data or the output folder will not do.
     """
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     source = _dense_source(config.model)
     finished = _finished(config)
     if finished is not None:
         console.print(f"{config.output} is finished already; --no-resume trains it anew.")
         return finished
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    tokenizer = load_tokenizer(config.model)
     training, held_out = _load_windows(config, tokenizer)
     max_steps = config.max_steps
     if max_steps is None:
         per_step = config.batch_size * config.gradient_accumulation
         max_steps = max(1, len(training) // per_step)
     precision = _precision(config)
-    model, stored = _load_model(config.model, source)
+    model, stored = _load_model(source)
+    _check_fit(config, model, training)
     modules = prepare(model, config.scheme, config.scale_init, stored)
+    _check_names(source, model, stored)
     _announce(console, config, model, training, max_steps, precision)
     if dry_run:
         return {"steps": max_steps, "tokens": max_steps * config.tokens_per_step}
@@ -81,13 +80,9 @@ def _dense_source(folder: Path) -> Checkpoint:
 
 def _finished(config: TrainConfig) -> dict[str, Any] | None:
     """The results of an equal run that is finished. Raises InputError over another run's folder."""
-    check_writable(config.output)
+    check_writable(config.output, "run")
     found = marker(config.output)
-    if found is None:
-        return None
-    if found["kind"] != "run":
-        raise InputError(f"{config.output} holds a {found['kind']} checkpoint; choose another -o.")
-    if not config.resume:
+    if found is None or not config.resume:
         return None
     mine, theirs = config.identity(), found.get("settings", {})
     for key, value in mine.items():
@@ -106,7 +101,12 @@ def _finished(config: TrainConfig) -> dict[str, Any] | None:
 def _claimed(config: TrainConfig) -> Iterator[Path]:
     """The run folder, ours alone for the block; removed on failure while it holds no checkpoint."""
     run = config.output
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise QexportError(
+            f"{run} cannot be made ({error.strerror}); choose another -o."
+        ) from error
     lock = (run / ".lock").open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -151,24 +151,44 @@ def _load_windows(config: TrainConfig, tokenizer: Any) -> tuple[Tensor, Tensor |
     if not texts:
         texts, held = held, []
     training = windows(tokenize(texts, tokenizer), config.max_length)
+    if config.eval_data is not None:
+        return training, windows(tokenize(held, tokenizer), config.max_length)
     try:
         return training, windows(tokenize(held, tokenizer), config.max_length)
     except DataError:
-        return training, None
+        # Too few documents to hold out: the last windows of the text, where it has enough.
+        count = len(training) // 20
+        return (training[:-count], training[-count:]) if count else (training, None)
 
 
-def _load_model(folder: Path, source: Checkpoint) -> tuple[nn.Module, torch.dtype]:
+def _load_model(source: Checkpoint) -> tuple[Any, torch.dtype]:
     """The fp32 model and the dtype in which its unquantized parameters will be stored."""
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    except (ValueError, KeyError, OSError) as error:
-        raise CheckpointError(
-            f"transformers cannot load {folder}: {str(error).splitlines()[0]}"
-        ) from error
+    model = build_model(source, torch.float32, lambda name: source.dense(name).float())
     model.config.use_cache = False
     name = source.config.get("dtype") or source.config.get("torch_dtype") or "float32"
     stored = getattr(torch, str(name), torch.float32)
     return model, stored if isinstance(stored, torch.dtype) else torch.float32
+
+
+def _check_fit(config: TrainConfig, model: Any, training: Tensor) -> None:
+    """Raise InputError where the text or its windows do not fit the model."""
+    if int(training.max()) >= model.config.vocab_size:
+        raise InputError(f"{config.model}: its tokenizer gives tokens outside its vocabulary.")
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and config.max_length > context:
+        raise InputError(f"--max-length {config.max_length} is beyond the context of {context}.")
+
+
+def _check_names(source: Checkpoint, model: nn.Module, stored: torch.dtype) -> None:
+    """Raise CheckpointError unless the RUN would have exactly the source's tensors."""
+    mine = {name for name, _ in run_tensors(model, stored) if not name.endswith("_scale")}
+    tied = {"lm_head.weight"}
+    odd = sorted((set(source) ^ mine) - tied)
+    if odd:
+        raise CheckpointError(
+            f"{source.folder}: transformers renames or drops {odd[0]} of this architecture, so "
+            "that a run of it could not be written back; it is not supported yet."
+        )
 
 
 def _precision(config: TrainConfig) -> str:

@@ -81,6 +81,7 @@ def prepare(
             "the model has none of the layers that are quantized (q_proj, k_proj, v_proj, o_proj, "
             "gate_proj, up_proj, down_proj)."
         )
+    _check_whole(model, layers)
     for name, layer in layers.items():
         _check_group(name, layer, scheme)
     for name, module in list(model.named_modules()):
@@ -122,6 +123,18 @@ def run_tensors(model: nn.Module, stored: torch.dtype) -> Iterator[tuple[str, Te
             if id(value) not in seen:
                 seen.add(id(value))
                 yield f"{prefix}{parameter}", value.detach().to(stored)
+
+
+def _check_whole(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
+    """Raise CheckpointError for a matrix in the decoder blocks that would be left dense."""
+    ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    for name, module in model.named_modules():
+        matrix = any(p.dim() > 1 for p in module.parameters(recurse=False))
+        if matrix and name not in layers and not any(module is end for end in ends):
+            raise CheckpointError(
+                f"{name} is a matrix that would be left unquantized: this architecture is not "
+                "supported yet (q, k, v, o, gate, up and down projections are)."
+            )
 
 
 def _check_group(name: str, layer: nn.Linear, scheme: Scheme) -> None:

@@ -22,7 +22,14 @@ from transformers import TrainerState
 from qexport.errors import CheckpointError
 from qexport.output import disk_errors
 
-__all__ = ["drop_checkpoints", "last_checkpoint", "load_into", "load_progress", "save"]
+__all__ = [
+    "drop_checkpoints",
+    "last_checkpoint",
+    "load_into",
+    "load_progress",
+    "load_random",
+    "save",
+]
 
 _PREFIX = "checkpoint-"
 _KEPT = 2
@@ -86,7 +93,7 @@ def save(
 def load_into(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, scheduler: Any
 ) -> None:
-    """Restore masters; with an optimizer, its moments, the schedule and the random generators too.
+    """Restore masters, or with an optimizer its moments and the schedule.
 
     Raises CheckpointError where the checkpoint is damaged or of another model.
     """
@@ -95,27 +102,39 @@ def load_into(
         if optimizer is None:
             _load_masters(folder / "masters.safetensors", parameters)
             return
+        fused = bool(optimizer.param_groups[0].get("fused"))
         with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
             for key in list(file.keys()):
                 name, _, field = key.partition("|")
-                if name == "random":
-                    _set_random(field, file.get_tensor(key))
-                else:
-                    parameter = parameters[name]
-                    value = file.get_tensor(key)
-                    place = value if field == "step" else value.to(parameter.device)
-                    optimizer.state[parameter][field] = place
+                if name != "random":
+                    parameter, value = parameters[name], file.get_tensor(key)
+                    on_host = field == "step" and not fused
+                    optimizer.state[parameter][field] = (
+                        value if on_host else value.to(parameter.device)
+                    )
         values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         scheduler.load_state_dict(values["scheduler"])
         for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate  # a schedule sets it only with its next step
-        version, words, gauss = values["python_random"]
-        random.setstate((version, tuple(words), gauss))
-        np.random.set_state(_numpy_tuple(values["numpy_random"]))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} is damaged ({error}); remove it, or start over with --no-resume."
         ) from error
+
+
+def load_random(folder: Path) -> None:
+    """Restore the random generators. Raises CheckpointError where the checkpoint is damaged."""
+    try:
+        with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
+            for key in list(file.keys()):
+                if key.startswith("random|"):
+                    _set_random(key.removeprefix("random|"), file.get_tensor(key))
+        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        version, words, gauss = values["python_random"]
+        random.setstate((version, tuple(words), gauss))
+        np.random.set_state(_numpy_tuple(values["numpy_random"]))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} is damaged ({error}); remove it.") from error
 
 
 def load_progress(folder: Path) -> dict[str, Any]:

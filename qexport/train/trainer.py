@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from qexport.errors import QexportError
 from qexport.train import state
 from qexport.train.config import TrainConfig
 from qexport.train.progress import ProgressReport, TensorBoardLog
@@ -68,7 +69,18 @@ class QatTrainer(Trainer):
             state.load_into(Path(checkpoint), self.model, self.optimizer, self.lr_scheduler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Restored with the optimizer: no batch draws from these generators in between."""
+        """Called once the loader has drawn its own seed, as it had when the state was saved."""
+        if checkpoint is not None:
+            state.load_random(Path(checkpoint))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's own, and the end of a run that has diverged."""
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise QexportError(
+                f"the loss is {logs['loss']} at step {self.state.global_step}; lower --lr, or "
+                "check the model for NaN."
+            )
+        super().log(logs, start_time)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """There is none: bfloat16 and float32 need no loss scaling."""
@@ -118,12 +130,14 @@ def make_trainer(
         save_strategy="steps",
         save_steps=config.save_steps,
         logging_steps=config.log_steps,
+        logging_nan_inf_filter=False,
         disable_tqdm=True,
         report_to=[],
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         restore_callback_states_from_checkpoint=False,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would multiply the batch
     total = max(max_steps, 1) * config.batch_size * config.gradient_accumulation
     dataset = ShuffledWindows(training, total, config.seed)
     trainer = QatTrainer(model=model, args=arguments, train_dataset=dataset)

@@ -157,6 +157,74 @@ def test_pack_refusals(cli: Cli, runs: Runs, tiny_model: Path, place: Path) -> N
     assert (place / "theirs" / "letter.txt").read_text() == "dear"
 
 
+def test_a_run_is_not_packed_over_nor_a_pack_trained_over(
+    cli: Cli, runs: Runs, tiny_model: Path, place: Path
+) -> None:
+    assert cli("pack", runs("2"), "--format", "native", "-o", place / "packed").returncode == 0
+    shutil.copytree(runs("3"), place / "run")
+    before = listing(place)
+    result = cli("pack", runs("2"), "--format", "native", "-o", place / "run")
+    assert result.returncode == 2
+    assert "holds a run checkpoint, not a packed one" in one_sentence(result.stderr)
+    for extra in ((), ("--no-resume",)):
+        arguments = ("--data", "builtin", "--bits", "2", *TRAIN, *extra)
+        result = cli("train", tiny_model, *arguments, "-o", place / "packed")
+        assert result.returncode == 2
+        assert "holds a packed checkpoint, not a run one" in one_sentence(result.stderr)
+    assert listing(place) == before
+
+
+def test_code_in_a_checkpoint_is_never_run(tiny_model: Path, place: Path) -> None:
+    """Not even where someone answers yes: nobody is asked."""
+    model = model_copy(tiny_model, place)
+    proof = place / "proof"
+    code = f"open({str(proof)!r}, 'w').write('x')\nclass C: pass\n"
+    (model / "evil.py").write_text(code)
+    maps = {
+        "tokenizer_config.json": {"AutoTokenizer": ["evil.C", "evil.C"]},
+        "config.json": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.C"},
+    }
+    for name, auto_map in maps.items():
+        content = json.loads((model / name).read_text())
+        extra = {"auto_map": auto_map, "attn_implementation": "evil/kernel"}
+        (model / name).write_text(json.dumps({**content, **extra}))
+    train = ("train", "--data", "builtin", "--bits", "2", *map(str, TRAIN), "-o", "run")
+    for command in (train, ("generate", "-p", "x", "--max-tokens", "1")):
+        result = subprocess.run(
+            [sys.executable, "-m", "qexport", command[0], "./model", *command[1:]],
+            cwd=place,
+            input="y\ny\ny\n",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert "Traceback" not in result.stderr
+        assert not proof.exists()
+
+
+def test_a_model_that_is_not_whole_or_diverges(cli: Cli, tiny_model: Path, place: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    model = model_copy(tiny_model, place)
+    tensors = load_file(model / "model.safetensors")
+    norm = tensors["model.norm.weight"]
+    arguments = ("--data", "builtin", "--bits", "2", *TRAIN, "-o", "run")
+    cases = {
+        "lacks model.norm.weight": None,
+        "the loss is nan at step 1": torch.full_like(norm, float("nan")),
+    }
+    for message, value in cases.items():
+        changed = {
+            k: v for k, v in {**tensors, "model.norm.weight": value}.items() if v is not None
+        }
+        save_file(changed, model / "model.safetensors", metadata={"format": "pt"})
+        result = cli("train", "./model", *arguments, cwd=place)
+        assert result.returncode == 1, result.stderr
+        assert message in one_sentence(result.stderr)
+        assert not (place / "run").exists()
+
+
 def test_verify_ends_with_3_where_it_differs(cli: Cli, runs: Runs, place: Path) -> None:
     assert cli("pack", runs("2"), "--format", "native", "-o", place / "out").returncode == 0
     assert cli("verify", runs("2"), place / "out").returncode == 0

@@ -94,6 +94,12 @@ def test_config_and_tokenizer_count(packed: tuple[Path, Path]) -> None:
     assert check(run, out).differing_files == ["config.json", "tokenizer.json"]
 
 
+def test_a_side_file_that_only_the_artefact_has(packed: tuple[Path, Path]) -> None:
+    run, out = packed
+    (out / "chat_template.jinja").write_text("{{ 'HACKED' }}")
+    assert check(run, out).differing_files == ["chat_template.jinja"]
+
+
 def test_another_run_is_not_this_one(runs: Runs, packed: tuple[Path, Path]) -> None:
     _, out = packed
     report = check(runs("3"), out)

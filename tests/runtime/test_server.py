@@ -14,6 +14,7 @@ import pytest
 
 from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.pack import pack
+from qexport.tiny import write_tiny_model
 from tests.conftest import Cli, Runs
 
 KEY = "s3cret"
@@ -62,8 +63,10 @@ def client(server: Server) -> openai.OpenAI:
 MESSAGES: list[Any] = [{"role": "user", "content": "hello"}]
 
 
-def post(server: Server, path: str, body: Any, **options: Any) -> httpx.Response:
-    return httpx.post(f"{server.url}{path}", json=body, timeout=60, **options)
+def post(server: Server, path: str, body: Any) -> httpx.Response:
+    headers = {"content-type": "application/json"}
+    content = json.dumps(body)
+    return httpx.post(f"{server.url}{path}", content=content, headers=headers, timeout=60)
 
 
 def test_models(server: Server, client: openai.OpenAI) -> None:
@@ -171,6 +174,8 @@ CHAT = {"model": "tiny-4bit", "messages": MESSAGES}
         ("/chat/completions", {**CHAT, "max_tokens": 100000}, 400, None),
         ("/completions", {"model": "tiny-4bit", "prompt": ""}, 400, None),
         ("/completions", {"model": "tiny-4bit", "prompt": [99999]}, 400, None),
+        ("/completions", {"model": "tiny-4bit", "prompt": "\ud800"}, 400, None),
+        ("/completions", {"model": "x" * 10_000, "prompt": "a"}, 404, "model"),
         ("/completions", {"model": "tiny-4bit", "prompt": [-1]}, 400, "prompt"),
         ("/completions", {"model": "tiny-4bit", "prompt": {"a": 1}}, 400, "prompt"),
     ],
@@ -200,13 +205,28 @@ def test_bodies_that_are_not_requests(server: Server) -> None:
     assert httpx.get(f"{server.url}/completions").status_code == 405
 
 
-def test_a_client_that_goes_away_frees_the_model(server: Server, client: openai.OpenAI) -> None:
-    body = {"model": "tiny-4bit", "messages": MESSAGES, "stream": True, "max_tokens": 450}
-    for _ in range(3):
-        with httpx.stream("POST", f"{server.url}/chat/completions", json=body) as response:
-            next(response.iter_lines())
-    answer = client.completions.create(model="tiny-4bit", prompt="x", max_tokens=1, timeout=30)
-    assert answer.usage is not None
+@pytest.mark.parametrize("key", [(), ("--api-key", KEY)])
+def test_a_client_that_goes_away_frees_the_model(tmp_path: Path, key: tuple[str, ...]) -> None:
+    """Each abandoned stream would run for minutes; the next request is answered in seconds."""
+    model = write_tiny_model(tmp_path / "long", max_position_embeddings=200_000, eos_token_id=None)
+    server = Server(model, *key)
+    headers = {"Authorization": f"Bearer {KEY}"}
+    body = {"model": "long", "prompt": "ab", "stream": True, "max_tokens": 190_000, "seed": 1}
+    try:
+        for index in range(6):
+            with httpx.stream(
+                "POST", f"{server.url}/completions", json=body, headers=headers
+            ) as response:
+                lines = response.iter_lines()
+                for _ in range(1 + 40 * index):
+                    next(lines)
+            short = {"model": "long", "prompt": "x", "max_tokens": 1}
+            answer = httpx.post(
+                f"{server.url}/completions", json=short, headers=headers, timeout=20
+            )
+            assert answer.status_code == 200
+    finally:
+        server.stop()
 
 
 def test_requests_that_come_together_are_all_answered(client: openai.OpenAI) -> None:

@@ -139,6 +139,39 @@ def test_a_model_without_such_layers_is_refused() -> None:
         prepare(torch.nn.Linear(4, 4), Scheme(WIDTHS["2"].grid), "mse", torch.bfloat16)
 
 
+@pytest.mark.parametrize("kind", ["Phi3", "Mixtral"])
+def test_architectures_that_would_be_half_quantized_are_refused(tmp_path: Path, kind: str) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 260, "pad_token_id": 0}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **heads)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    with pytest.raises(CheckpointError, match=r"would be left unquantized|none of the layers"):
+        prepare(model, Scheme(WIDTHS["2"].grid), "mse", torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", ["Qwen2", "Qwen3", "Mistral"])
+def test_other_families_go_the_whole_road(tmp_path: Path, tiny_model: Path, kind: str) -> None:
+    import shutil
+
+    import transformers
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 260, "head_dim": 16}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **heads)
+    folder = tmp_path / "model"
+    getattr(transformers, f"{kind}ForCausalLM")(config).bfloat16().save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_model / name, folder)
+    settings = TrainConfig(folder, "builtin", tmp_path / "run", "3", max_steps=2, max_length=32)
+    train(settings, Console(quiet=True))
+    for form in ("native", "gptq"):
+        assert pack(open_checkpoint(tmp_path / "run"), FORMATS[form], tmp_path / form).exact
+    before, after = (set(load_file(d / "model.safetensors")) for d in (folder, tmp_path / "run"))
+    assert before == {name for name in after if not name.endswith("_scale")}
+
+
 def test_upstream_paretoq_checkpoint_is_a_finished_run(tiny_model: Path, tmp_path: Path) -> None:
     """Latent bf16 weights and weight_clip_val, as facebookresearch/ParetoQ saves them."""
     tensors = load_file(tiny_model / "model.safetensors")

@@ -8,14 +8,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import TrainerState
 
 from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.pack import pack
 from qexport.formats.verify import verify
+from qexport.tiny import write_tiny_model
+from qexport.train import TrainConfig, state, train
 from tests.conftest import Cli
 
 STEPS = 24
@@ -66,6 +70,34 @@ def uninterrupted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     result = run(command(tiny_model, output))
     assert result.returncode == 0, result.stderr
     return output
+
+
+def test_dropout_draws_the_same_numbers_after_a_resume(tmp_path: Path) -> None:
+    """Stopped in-process after a checkpoint, so that the random generators matter."""
+    model = write_tiny_model(tmp_path / "model", attention_dropout=0.2)
+
+    def settings(output: Path) -> TrainConfig:
+        return TrainConfig(
+            model, "builtin", output, "2", 32, max_steps=6, max_length=32, lr=1e-3, save_steps=2
+        )
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(settings(whole), Console(quiet=True))
+    with pytest.MonkeyPatch.context() as patch:
+        save = state.save
+
+        def save_and_stop(*arguments: Any) -> None:
+            save(*arguments)
+            raise KeyboardInterrupt
+
+        patch.setattr(state, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings(parts), Console(quiet=True))
+    assert [path.name for path in parts.glob("checkpoint-*")] == ["checkpoint-2"]
+    torch.rand(100)  # another state of the generator than the interrupted process had
+    train(settings(parts), Console(quiet=True))
+    report = verify(open_checkpoint(whole), open_checkpoint(parts))
+    assert report.exact, report.describe()
 
 
 @pytest.mark.slow
@@ -127,8 +159,6 @@ def test_no_resume_starts_over(tiny_model: Path, tmp_path: Path, cli: Cli) -> No
 
 
 def test_a_checkpoint_cut_short_is_never_taken_for_one(tmp_path: Path) -> None:
-    from qexport.train import state
-
     model = torch.nn.Linear(4, 4)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 4)).sum().backward()

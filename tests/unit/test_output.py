@@ -8,7 +8,7 @@ from qexport.output import atomic_folder, mark, marker
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "out"
-    with atomic_folder(target) as folder:
+    with atomic_folder(target, "packed") as folder:
         (folder / "a").write_text("1")
         assert not target.exists()
     assert (target / "a").read_text() == "1"
@@ -17,7 +17,7 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_nothing_is_left_of_a_failure(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), atomic_folder(tmp_path / "out") as folder:
+    with pytest.raises(error), atomic_folder(tmp_path / "out", "packed") as folder:
         (folder / "a").write_text("1")
         raise error
     assert list(tmp_path.iterdir()) == []
@@ -25,15 +25,15 @@ def test_nothing_is_left_of_a_failure(tmp_path: Path, error: type[BaseException]
 
 def test_a_failure_leaves_the_old_result(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    with atomic_folder(target) as folder:
+    with atomic_folder(target, "packed") as folder:
         mark(folder, "packed", round=1)
-    with pytest.raises(RuntimeError), atomic_folder(target) as folder:
+    with pytest.raises(RuntimeError), atomic_folder(target, "packed") as folder:
         mark(folder, "packed", round=2)
         raise RuntimeError
     found = marker(target)
     assert found is not None
     assert found["round"] == 1
-    with atomic_folder(target) as folder:
+    with atomic_folder(target, "packed") as folder:
         mark(folder, "packed", round=3)
     assert (marker(target) or {})["round"] == 3
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -43,17 +43,23 @@ def test_a_folder_of_another_is_left_alone(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
     (target / "thesis.tex").write_text("x")
-    with pytest.raises(InputError, match="was not written by qexport"), atomic_folder(target):
+    with (
+        pytest.raises(InputError, match="was not written by qexport"),
+        atomic_folder(target, "packed"),
+    ):
         pass
     assert (target / "thesis.tex").read_text() == "x"
-    with pytest.raises(InputError, match="is not a folder"), atomic_folder(target / "thesis.tex"):
+    with (
+        pytest.raises(InputError, match="is not a folder"),
+        atomic_folder(target / "thesis.tex", "packed"),
+    ):
         pass
 
 
 def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
-    with atomic_folder(target) as folder:
+    with atomic_folder(target, "packed") as folder:
         mark(folder, "packed")
     assert marker(target) is not None
 
@@ -61,7 +67,7 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
 def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:
     with (
         pytest.raises(QexportError, match="the disk is full while writing"),
-        atomic_folder(tmp_path / "out"),
+        atomic_folder(tmp_path / "out", "packed"),
         Path("/dev/full").open("wb", buffering=0) as full,
     ):
         full.write(b"x")

@@ -108,6 +108,13 @@ def test_an_index_keeps_its_promises(tmp_path: Path) -> None:
         ShardReader(tmp_path)
 
 
+def test_an_index_beside_a_single_file_is_ambiguous(tmp_path: Path) -> None:
+    write(tmp_path, 1200)
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="readers differ in which they take"):
+        ShardReader(tmp_path)
+
+
 def test_a_name_that_is_not_there(tmp_path: Path) -> None:
     write(tmp_path)
     with pytest.raises(CheckpointError, match="no tensor nowhere"):

@@ -1,0 +1,90 @@
+"""From a checkpoint to a transformers model, by its tensors and config alone.
+
+Nothing else of a folder is trusted: no code that it brings (`auto_map`), no attention kernel that
+it names, no tensor that it lacks and transformers would fill with random numbers.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+)
+from transformers.utils import logging as transformers_logging
+
+from qexport.checkpoint import Checkpoint
+from qexport.errors import CheckpointError, InputError
+
+__all__ = ["build_model", "load_tokenizer"]
+
+_UNTRUSTED = ("model_type", "auto_map", "attn_implementation", "_attn_implementation")
+
+
+def build_model(checkpoint: Checkpoint, dtype: torch.dtype, read: Callable[[str], Tensor]) -> Any:
+    """A causal language model in `dtype` whose parameters are `read(name)` for each name.
+
+    Raises CheckpointError where config and tensors do not make a whole model, InputError for an
+    architecture that transformers does not know.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    config = _config(checkpoint)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(f"{checkpoint.folder}: {config.model_type} is no causal language model.")
+    state = {name: read(name) for name in checkpoint}
+    try:
+        model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{checkpoint.folder}: its tensors do not fit its config ({_first_line(error)})."
+        ) from error
+    lacking = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
+    if lacking:
+        raise CheckpointError(
+            f"{checkpoint.folder} lacks {lacking[0]}; the checkpoint is not whole."
+        )
+    if (checkpoint.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    return model
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer beside a checkpoint. Raises CheckpointError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever a damaged file made it trip over
+        raise CheckpointError(
+            f"{folder} has no tokenizer that transformers can load ({_first_line(error)})."
+        ) from error
+
+
+def _config(checkpoint: Checkpoint) -> Any:
+    model_type = checkpoint.config.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError(f"{checkpoint.folder}/config.json names no model_type.")
+    if model_type not in CONFIG_MAPPING:
+        raise InputError(
+            f"{checkpoint.folder}: transformers here does not know model type {model_type[:60]!r}; "
+            "code that comes with a checkpoint is never run."
+        )
+    fields = {key: v for key, v in checkpoint.config.items() if key not in _UNTRUSTED}
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except Exception as error:  # config classes check their fields with errors of their own
+        raise InputError(
+            f"{checkpoint.folder}: transformers makes no {model_type!r} model of its config "
+            f"({_first_line(error)})."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

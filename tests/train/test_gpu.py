@@ -1,0 +1,46 @@
+"""What must hold on a CUDA device too: the same codes, and a run that resumes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from qexport.formats import open_checkpoint
+from qexport.grid import Scheme
+from qexport.paretoq import WIDTHS, effective_scale, fake_quantize, initial_alpha
+from qexport.tensor import quantize
+from qexport.train import TrainConfig, state, train
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("bits", list(WIDTHS))
+def test_codes_and_values_are_those_of_the_cpu(bits: str) -> None:
+    scheme = Scheme(WIDTHS[bits].grid, 64)
+    weight = torch.randn(128, 256) * 0.02
+    alpha = initial_alpha(weight, scheme, "mse")
+    here = quantize(weight, effective_scale(alpha, scheme), scheme)
+    there = quantize(weight.cuda(), effective_scale(alpha.cuda(), scheme), scheme)
+    assert torch.equal(there.codes.cpu(), here.codes)
+    assert torch.equal(there.scales.cpu(), here.scales)
+    values = fake_quantize(weight.cuda(), alpha.cuda(), scheme)
+    assert torch.equal(values.cpu(), here.dequantize())
+
+
+def test_a_run_is_resumed(tiny_model: Path, tmp_path: Path) -> None:
+    config = TrainConfig(
+        tiny_model, "builtin", tmp_path / "run", "2", 32, max_steps=6, max_length=32, save_steps=2
+    )
+    save = state.save
+    with pytest.MonkeyPatch.context() as patch:
+
+        def save_and_stop(*arguments: object) -> None:
+            save(*arguments)  # type: ignore[arg-type]
+            raise KeyboardInterrupt
+
+        patch.setattr(state, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, Console(quiet=True))
+    assert train(config, Console(quiet=True))["steps"] == 6
+    assert len(open_checkpoint(config.output).modules) == 14
