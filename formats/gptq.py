@@ -98,12 +98,19 @@ class Gptq(Format):
         return {"quantize_config.json": quantization}
 
     def read(self, reader: ShardReader, config: dict[str, Any]) -> Checkpoint:
-        symmetric = bool(config["quantization_config"].get("sym", True))
+        quantization = config["quantization_config"]
+        symmetric = bool(quantization.get("sym", True))
+        stated, dynamic = quantization.get("bits"), quantization.get("dynamic")
         modules = [name.removesuffix(".qweight") for name in reader if name.endswith(".qweight")]
         parts = {f"{module}.{part}" for module in modules for part in _PARTS}
         entries = {name: dense_entry(reader, name) for name in reader if name not in parts}
         for module in modules:
             scheme, shape = _scheme(reader, module, symmetric)
+            if not dynamic and scheme.grid.bits != stated:
+                raise CheckpointError(
+                    f"{reader.folder}: config.json says {stated!r} bits, and {module} has "
+                    f"{scheme.grid.bits}."
+                )
             load = partial(self._load, reader, module, scheme, shape)
             entries[f"{module}.weight"] = Entry(shape, scheme.scale_dtype, load, scheme)
         return Checkpoint(reader.folder, self.name, config, entries)

@@ -75,8 +75,8 @@ def pack(
     VerificationError if the written file is not its source.
     """
     verdicts = plan(source, form, bits=bits, allow_lossy=allow_lossy)
-    if out.exists() and out.resolve() == source.folder.resolve():
-        raise InputError(f"{out} is the run itself; choose another -o.")
+    if source.folder.resolve().is_relative_to(out.resolve()):
+        raise InputError(f"{out} is or holds the run itself; choose another -o.")
     check_writable(out, "packed")
     modules: Modules = {
         module: (_holder(verdicts[module]), shape) for module, (_, shape) in source.modules.items()

@@ -136,7 +136,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} has no config.json; give the folder of a Hugging Face checkpoint."
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}).") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} does not hold an object.")

@@ -33,6 +33,8 @@ def documents(source: str, split: Split, tokenizer: Any) -> Iterator[str]:
         return iter(_text_file(path))
     if path.suffix in _FILE_SUFFIXES:
         return _jsonl(path, tokenizer)
+    if path.is_file():
+        raise DataError(f"{source} is neither a .jsonl nor a .txt file; convert or rename it.")
     return _hub(source, tokenizer)
 
 
@@ -111,10 +113,13 @@ def _jsonl(path: Path, tokenizer: Any) -> Iterator[str]:
         where = f"{path} line {number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where} is not valid JSON ({error}); mend or remove it.") from error
         found = True
-        yield _row_text(row, where, tokenizer)
+        text = _row_text(row, where, tokenizer)
+        if not _is_unicode(text):
+            raise DataError(f"{where} has half a surrogate pair, which is no character.")
+        yield text
     if not found:
         raise DataError(f'{path} is empty; give rows of {{"text": …}} or {{"messages": […]}}.')
 
@@ -146,6 +151,14 @@ def _row_text(row: object, where: str, tokenizer: Any) -> str:
             raise DataError(f"{where}: the chat template refuses it ({error}).") from error
         return rendered
     raise DataError(f'{where} has neither "text" nor "messages".')
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_message(value: object) -> bool:

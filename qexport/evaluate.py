@@ -7,6 +7,7 @@ over tokens, not windows. The report carries a hash of the tokens: only equal ha
 
 import hashlib
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qexport.errors import DataError, InputError
+from qexport.errors import DataError, InputError, QexportError
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -71,6 +72,10 @@ def evaluate(
             agreement += float((scores.argmax(-1) == expected.argmax(-1)).sum())
         if progress is not None:
             progress(min(start + window, total), total)
+    if not math.isfinite(loss):
+        raise QexportError(
+            "the model gives NaN on this text; its weights or its dtype are at fault."
+        )
     result = Evaluation(
         loss=loss / total,
         perplexity=_exp(loss / total),
@@ -101,7 +106,7 @@ def _nll(scores: Tensor, piece: Tensor) -> float:
 
 
 def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+    return math.exp(value) if value < 700 else sys.float_info.max
 
 
 def _check(model: Any, reference: Any, tokens: Tensor, window: int) -> None:

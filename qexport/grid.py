@@ -132,12 +132,14 @@ class Scheme:
         grid = GRIDS.get(str(value.get("grid")))
         dtype = _DTYPES.get(str(value.get("scale_dtype")))
         group = value.get("group_size")
-        if grid is None or dtype is None or not _valid_group(group):
+        spelled = {"bits", "levels", "zero_point"} & set(value)
+        scheme = cls(grid, group, dtype) if grid and dtype and _valid_group(group) else None
+        if scheme is None or any(value[key] != scheme.to_json()[key] for key in spelled):
             raise CheckpointError(
                 f"the quantization scheme {value} is not one this version knows; "
                 "upgrade qexport or pack the run again"
             )
-        return cls(grid, group, dtype)
+        return scheme
 
     def __str__(self) -> str:
         group = "per channel" if self.group_size is None else f"g{self.group_size}"

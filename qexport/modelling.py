@@ -53,8 +53,17 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, read: Callable[[str]
             f"{checkpoint.folder} lacks {lacking[0]}; the checkpoint is not whole."
         )
     if (checkpoint.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+        model.generation_config = _generation_config(checkpoint.folder)
     return model
+
+
+def _generation_config(folder: Path) -> Any:
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # transformers raises whatever a damaged file made it trip over
+        raise CheckpointError(
+            f"{folder}/generation_config.json is damaged ({_first_line(error)})."
+        ) from error
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -12,9 +12,10 @@ from typing import Any
 from qexport.errors import InputError, QexportError
 from qexport.version import __version__
 
-__all__ = ["MARKER", "atomic_folder", "check_writable", "mark", "marker", "write_json"]
+__all__ = ["MARKER", "atomic_folder", "check_writable", "mark", "marker", "strangers", "write_json"]
 
 MARKER = "qexport.json"
+_WORKING = ("checkpoint-", ".checkpoint-", "logs", ".final", ".lock", f".{MARKER}")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -26,7 +27,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def mark(folder: Path, kind: str, **fields: Any) -> None:
     """Write the file that makes a folder ours, so that a later command may replace it."""
-    write_json(folder / MARKER, {"qexport": __version__, "kind": kind, **fields})
+    files = sorted({path.name for path in folder.iterdir()} | {MARKER})
+    write_json(folder / MARKER, {"qexport": __version__, "kind": kind, "files": files, **fields})
 
 
 def marker(folder: Path) -> dict[str, Any] | None:
@@ -35,7 +37,18 @@ def marker(folder: Path) -> dict[str, Any] | None:
         value = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return value if isinstance(value, dict) and "kind" in value else None
+    return value if isinstance(value, dict) and isinstance(value.get("kind"), str) else None
+
+
+def strangers(folder: Path) -> list[str]:
+    """What stands in a folder of ours and was not written by us: never removed, nor replaced."""
+    known = (marker(folder) or {}).get("files")
+    names = set(known) if isinstance(known, list) else set()
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.name not in names and not path.name.startswith(_WORKING)
+    )
 
 
 def check_writable(target: Path, kind: str) -> None:
@@ -52,6 +65,10 @@ def check_writable(target: Path, kind: str) -> None:
     if found is not None and found["kind"] != kind:
         raise InputError(
             f"{target} holds a {found['kind']} checkpoint, not a {kind} one; choose another -o."
+        )
+    if found is not None and kind != "run" and (theirs := strangers(target)):
+        raise InputError(
+            f"{target} also holds {theirs[0]}, which qexport did not write; choose another -o."
         )
 
 

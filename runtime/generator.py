@@ -19,7 +19,7 @@ _GREEDY_BELOW = 1e-4  # smaller temperatures overflow float32 and mean the same
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen and when to end.
+    """How the next token is chosen and when to end. Raises InputError for what is no number.
 
     temperature 0 is greedy; top_p keeps the smallest set of tokens with that probability.
     """
@@ -29,6 +29,12 @@ class Sampling:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature {self.temperature} is not a number from 0 up.")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p {self.top_p} is not between 0 and 1.")
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,23 @@ Examples:
 
 @click.command(cls=Command, epilog=_EPILOG)
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--format", "form", required=True, help="native, gptq or gptq_v2.")
-@click.option("--bits", type=int, help="Width in the file; default the narrowest that is exact.")
-@click.option("--allow-lossy", is_flag=True, help="Round float32 scales to the format's dtype.")
+@click.option("--format", required=True, help="native, gptq or gptq_v2.")
+@click.option(
+    "--bits",
+    type=click.IntRange(1, 8),
+    help="Width in the file; default the narrowest that is exact.",
+)
+@click.option(
+    "--allow-lossy",
+    is_flag=True,
+    help="Round float32 scales to the format's dtype; verify then says NOT exact.",
+)
 @click.option("--dry-run", is_flag=True, help="Say how it would be held, and write nothing.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
 @json_option
 def command(
     run: Path,
-    form: str,
+    format: str,
     bits: int | None,
     allow_lossy: bool,
     dry_run: bool,
@@ -38,17 +46,17 @@ def command(
     from qexport.formats import format_named, open_checkpoint
     from qexport.formats.pack import holdings, pack, plan
 
-    target = format_named(form)
+    target = format_named(format)
     source = open_checkpoint(run)
     if dry_run:
         verdicts = plan(source, target, bits=bits, allow_lossy=allow_lossy)
         held = holdings(source, verdicts)
         if as_json:
-            print_json({"format": form, "held": held})
+            print_json({"format": format, "held": held})
         else:
             click.echo("\n".join(held))
         return
-    progress_console().print(f"packing {run} as {form}", highlight=False)
+    progress_console().print(f"packing {run} as {format}", highlight=False)
     report = pack(source, target, output, bits=bits, allow_lossy=allow_lossy)
     if as_json:
         print_json(report.to_json())

@@ -27,7 +27,7 @@ A run that was killed goes on from its last checkpoint when the same command is 
 @click.option("--gradient-accumulation", default=1, show_default=True, help="Passes in a step.")
 @click.option("--lr", type=float, help="Peak rate; default 2e-5 up to 2 bits, 1e-5 above.")
 @click.option("--warmup", default=0.05, show_default=True, help="Share of steps that warm up.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1))
 @click.option("--eval-data", help="Held-out text; default a part of --data.")
 @click.option("--scale-init", type=click.Choice(["mse", "paper"]), default="mse", show_default=True)
 @click.option(
@@ -40,7 +40,13 @@ A run that was killed goes on from its last checkpoint when the same command is 
 @click.option("--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto")
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time.")
 @click.option("--save-steps", default=200, show_default=True, help="Steps between checkpoints.")
-@click.option("--log-steps", default=1, show_default=True, help="Steps between logged losses.")
+@click.option(
+    "--log-steps",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Steps between logged losses.",
+)
 @click.option("--resume/--no-resume", default=True, help="Go on from the output's checkpoint.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the RUN.")
 @click.option("--smoke", is_flag=True, help="Try everything on a tiny random model; no arguments.")

@@ -17,7 +17,7 @@ from qexport.checkpoint import CONFIG_VERSION, Checkpoint, Modules, modules_to_j
 from qexport.data import documents, hold_out, tokenize, windows
 from qexport.errors import CheckpointError, DataError, InputError, QexportError
 from qexport.modelling import build_model, load_tokenizer
-from qexport.output import check_writable, disk_errors, mark, marker, write_json
+from qexport.output import check_writable, disk_errors, mark, marker, strangers, write_json
 from qexport.shards import ShardWriter
 from qexport.train import state
 from qexport.train.config import TrainConfig
@@ -84,7 +84,9 @@ def _finished(config: TrainConfig) -> dict[str, Any] | None:
     found = marker(config.output)
     if found is None or not config.resume:
         return None
-    mine, theirs = config.identity(), found.get("settings", {})
+    mine, theirs = config.identity(), found.get("settings")
+    if not isinstance(theirs, dict):
+        raise CheckpointError(f"{config.output}/qexport.json is damaged; --no-resume starts over.")
     for key, value in mine.items():
         if theirs.get(key) != value:
             raise InputError(
@@ -93,7 +95,12 @@ def _finished(config: TrainConfig) -> dict[str, Any] | None:
             )
     if found.get("status") != "finished":
         return None
-    results: dict[str, Any] = json.loads((config.output / "all_results.json").read_text())
+    try:
+        results: dict[str, Any] = json.loads((config.output / "all_results.json").read_text())
+    except ValueError as error:
+        raise CheckpointError(
+            f"{config.output}/all_results.json is damaged; --no-resume starts over."
+        ) from error
     return results
 
 
@@ -123,18 +130,24 @@ def _claimed(config: TrainConfig) -> Iterator[Path]:
     finally:
         found = marker(run)
         if (found is None or found.get("status") != "finished") and not state.last_checkpoint(run):
-            shutil.rmtree(run, ignore_errors=True)
+            _clear(run)
+            (run / ".lock").unlink(missing_ok=True)
+            if not any(run.iterdir()):
+                run.rmdir()
         else:
             (run / ".lock").unlink(missing_ok=True)
         lock.close()
 
 
 def _clear(run: Path) -> None:
-    """Empty a run folder that we hold the lock of."""
+    """Remove what we wrote into a run folder that we hold the lock of, and nothing else."""
+    kept = {*strangers(run), ".lock"}
     for path in run.iterdir():
+        if path.name in kept:
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name != ".lock":
+        else:
             path.unlink()
 
 
@@ -167,7 +180,9 @@ def _load_model(source: Checkpoint) -> tuple[Any, torch.dtype]:
     model.config.use_cache = False
     name = source.config.get("dtype") or source.config.get("torch_dtype") or "float32"
     stored = getattr(torch, str(name), torch.float32)
-    return model, stored if isinstance(stored, torch.dtype) else torch.float32
+    if not isinstance(stored, torch.dtype) or not stored.is_floating_point:
+        raise CheckpointError(f"{source.folder}/config.json: dtype {name!r} is no float dtype.")
+    return model, stored
 
 
 def _check_fit(config: TrainConfig, model: Any, training: Tensor) -> None:

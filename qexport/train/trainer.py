@@ -26,17 +26,20 @@ class ShuffledWindows(Dataset[dict[str, Tensor]]):
     def __init__(self, rows: Tensor, total: int, seed: int) -> None:
         self._rows = rows
         self._total = total
-        generator = torch.Generator().manual_seed(seed)
-        passes = math.ceil(total / len(rows))
-        self._order = torch.cat(
-            [torch.randperm(len(rows), generator=generator) for _ in range(passes)]
-        )
+        self._seed = seed
+        self._pass = -1
+        self._order = torch.empty(0, dtype=torch.int64)
 
     def __len__(self) -> int:
         return self._total
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        row = self._rows[self._order[index]]
+        number, position = divmod(index, len(self._rows))
+        if number != self._pass:
+            generator = torch.Generator().manual_seed(self._seed + (number << 32))
+            self._order = torch.randperm(len(self._rows), generator=generator)
+            self._pass = number
+        row = self._rows[self._order[position]]
         return {"input_ids": row, "labels": row}
 
 
@@ -122,7 +125,7 @@ def make_trainer(
         gradient_checkpointing_kwargs={"use_reentrant": False},
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(max_steps * config.warmup),
+        warmup_steps=int(max_steps * config.warmup),
         weight_decay=0.0,
         seed=config.seed,
         bf16=precision == "bf16",

@@ -146,7 +146,7 @@ def test_pack_refusals(cli: Cli, runs: Runs, tiny_model: Path, place: Path) -> N
         ((run, "--format", "native", "-o", "theirs"), 2, "was not written by qexport"),
         ((run, "--format", "native", "-o", "theirs/letter.txt"), 2, "is not a folder"),
         ((tiny_model, "--format", "native", "-o", "out"), 2, "there is nothing to pack"),
-        ((run, "--format", "native", "-o", run), 2, "is the run itself"),
+        ((run, "--format", "native", "-o", run), 2, "is or holds the run itself"),
         ((run, "--format", "native", "-o", "/proc/out"), 1, "/proc/out cannot be created"),
     ]
     for arguments, code, message in cases:
@@ -172,6 +172,27 @@ def test_a_run_is_not_packed_over_nor_a_pack_trained_over(
         assert result.returncode == 2
         assert "holds a packed checkpoint, not a run one" in one_sentence(result.stderr)
     assert listing(place) == before
+
+
+def test_what_qexport_did_not_write_is_not_removed(
+    cli: Cli, runs: Runs, tiny_model: Path, place: Path
+) -> None:
+    assert cli("pack", runs("2"), "--format", "native", "-o", place / "packed").returncode == 0
+    (place / "packed" / "notes.txt").write_text("mine")
+    result = cli("pack", runs("2"), "--format", "gptq", "-o", place / "packed")
+    assert result.returncode == 2
+    assert "also holds notes.txt, which qexport did not write" in one_sentence(result.stderr)
+    (place / "packed" / "notes.txt").unlink()
+    shutil.copytree(runs("2"), place / "packed" / "run")
+    result = cli("pack", place / "packed" / "run", "--format", "native", "-o", place / "packed")
+    assert result.returncode == 2
+    assert "is or holds the run itself" in one_sentence(result.stderr)
+    run = place / "run"
+    shutil.copytree(runs("2"), run)
+    shutil.copytree(tiny_model, run / "base")
+    arguments = ("--data", "builtin", "--bits", "3", *TRAIN, "--no-resume", "-o", run)
+    assert cli("train", run / "base", *arguments).returncode == 0
+    assert (run / "base" / "model.safetensors").exists()
 
 
 def test_code_in_a_checkpoint_is_never_run(tiny_model: Path, place: Path) -> None:
