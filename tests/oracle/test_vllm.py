@@ -31,7 +31,7 @@ def vllm_scores(checkpoint: Path, prompts: list[list[int]], scratch: Path) -> to
     scratch.mkdir()
     (scratch / "prompts.json").write_text(json.dumps(prompts))
     files = [str(checkpoint), str(scratch / "prompts.json"), str(scratch / "out.json")]
-    for _ in range(2):  # the engine's own aborts (seen once in five) are not what is tested
+    for _ in range(2):  # the engine's own aborts (seen at its exit) are not what is tested
         result = subprocess.run(
             [str(FOLDER / "bin" / "python"), str(SCRIPT), *files],
             capture_output=True,

@@ -22,8 +22,6 @@ def main() -> None:
         [next(iter(at.values())).logprob for at in answer.prompt_logprobs[1:]] for answer in answers
     ]
     Path(out).write_text(json.dumps(scores))
-    sys.stdout.flush()
-    os._exit(0)  # vLLM's CPU build sometimes aborts while its threads are torn down
 
 
 if __name__ == "__main__":
