@@ -1,6 +1,14 @@
-"""Packed layouts, one file each, and what is done with any of them: open, pack, verify."""
+"""Packed layouts: one file each, and what is done with all of them."""
 
-from qexport.formats.base import Format, Verdict
-from qexport.formats.registry import FORMATS, format_named, open_checkpoint
+from qexport.formats.base import Format, Options, Verdict
+from qexport.formats.registry import FORMATS, detect, format_named, open_checkpoint
 
-__all__ = ["FORMATS", "Format", "Verdict", "format_named", "open_checkpoint"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "Options",
+    "Verdict",
+    "detect",
+    "format_named",
+    "open_checkpoint",
+]

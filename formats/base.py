@@ -1,34 +1,67 @@
-"""`Format`: what every packed layout answers, and what they share."""
+"""`Format`: what every packed layout answers, and `Verdict`, how it holds a quantized matrix."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from qexport.checkpoint import Checkpoint, Modules
-from qexport.grid import Grid, Scheme, dtype_name
-from qexport.shards import ShardReader
+from qexport.checkpoint import Checkpoint, Entry
+from qexport.errors import InputError
+from qexport.grid import Grid, Scheme
+from qexport.stream import FilePlan
 from qexport.tensor import QuantizedTensor
 
-__all__ = ["Format", "Verdict"]
+__all__ = ["Format", "Layout", "Options", "Plan", "ReadBack", "Verdict"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asks of a format.
+
+    bits         the width of codes in the file; None is the narrowest that is exact
+    block        GGUF only: the block type; None is the narrowest that is exact
+    embeddings   GGUF only: how dense matrices are stored: `exact`, `f16`, `q8_0` or `q6_k`
+    allow_lossy  scales may be rounded to what the layout stores
+    """
+
+    bits: int | None = None
+    block: str | None = None
+    embeddings: str = "exact"
+    allow_lossy: bool = False
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What a format does with one (scheme, shape).
 
-    holder           the scheme that the file holds, or None where the format refuses
+    holder           the scheme of the codes in the file, or None where the format refuses
+    stored           what the layout calls it: a grid's name, or a GGUF block type
     reason           why it refuses, else None
     bits_per_weight  on disk, scales and zero points included
-    exact            False only where scales are rounded, which needs --allow-lossy
+    bound            the largest error, in units in the last place (of the dtype that scales are
+                     rounded to) of the largest value that a group can take; 0 is exact
     """
 
     holder: Scheme | None
+    stored: str = ""
     reason: str | None = None
     bits_per_weight: float = 0.0
-    exact: bool = True
+    bound: float = 0.0
+
+    @property
+    def exact(self) -> bool:
+        return self.holder is not None and self.bound == 0
+
+    def kind(self, scheme: Scheme) -> str:
+        """`exact`, `embedded` (exact, on a wider grid), `bounded` or `refused`."""
+        if self.holder is None:
+            return "refused"
+        if self.bound:
+            return "bounded"
+        return "exact" if self.holder.grid == scheme.grid else "embedded"
 
     def describe(self, scheme: Scheme) -> str:
         """One phrase for a report: how `scheme` is held."""
@@ -36,11 +69,35 @@ class Verdict:
             return f"{scheme.grid.name} refused: {self.reason}"
         how = scheme.grid.name
         if self.holder.grid != scheme.grid:
-            factor, _ = scheme.grid.embedding(self.holder.grid) or (1, 0)
-            step = " at half the step" if factor == 2 else ""
-            how = f"{how} as {self.holder.grid.name} codes{step}"
-        kind = "exact" if self.exact else "scales rounded"
+            half = " at half the step" if scheme.grid.factor_into(self.holder.grid) == 2 else ""
+            how = f"{how} as {self.holder.grid.name} codes{half}"
+        if self.stored != self.holder.grid.name:
+            how = f"{how} in {self.stored}"
+        kind = "exact" if self.exact else f"rounded by at most {self.bound:g} ulp"
         return f"{how}, {kind}, {self.bits_per_weight:.4g} bits per weight"
+
+
+Plan = Mapping[str, Verdict]  # by module; none of them a refusal
+
+
+# (name in the source, its entry there, its verdict if quantized) -> what the file holds
+ReadBack = Callable[[str, Entry, "Verdict | None"], Tensor | QuantizedTensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The files of an artefact before any weight is in them.
+
+    files   those with tensors, every offset fixed
+    parts   the tensors that stand in the files for each tensor of the source
+    json    side files
+    extra   tensors of the format's own, which stand for none of the source
+    """
+
+    files: list[FilePlan]
+    parts: dict[str, list[str]]
+    json: dict[str, Any]
+    extra: dict[str, Tensor]
 
 
 class Format(ABC):
@@ -48,73 +105,42 @@ class Format(ABC):
 
     name: ClassVar[str]
     grids: ClassVar[tuple[Grid, ...]]  # what the layout stores, narrowest first
-    scale_dtypes: ClassVar[tuple[torch.dtype, ...]]  # the first is what others are rounded to
+    blocks: ClassVar[tuple[str, ...]] = ()  # the words that `Options.block` may be
 
     @abstractmethod
-    def detect(self, quantization: dict[str, Any]) -> bool:
-        """Whether a config.json's quantization_config is of this layout."""
+    def detect(self, path: Path) -> bool:
+        """Whether `path` holds this layout; damaged or foreign files are simply not of it."""
 
     @abstractmethod
-    def refuses(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
-        """Why a matrix [out, in] quantized by `scheme` cannot be stored as it is, or None."""
+    def read(self, path: Path) -> Checkpoint:
+        """Open what `detect` has recognised. Raises CheckpointError where it is damaged."""
 
     @abstractmethod
-    def encode(self, module: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
-        """The file's tensors for one module; `refuses` has said None to its scheme."""
+    def verdict(self, scheme: Scheme, shape: tuple[int, int], options: Options) -> Verdict:
+        """How a matrix [out, in] quantized by `scheme` is held, or the reason why it is not."""
 
     @abstractmethod
-    def quantization_config(self, modules: Modules) -> dict[str, Any]:
-        """What config.json says of the modules. Raises RefusedError if it cannot say it."""
+    def layout(self, source: Checkpoint, plan: Plan, options: Options) -> Layout:
+        """Where everything will stand. Raises RefusedError for what the layout cannot say."""
 
     @abstractmethod
-    def read(self, reader: ShardReader, config: dict[str, Any]) -> Checkpoint:
-        """Open a folder that `detect` has recognised; `config` is its whole config.json."""
+    def encode(
+        self, name: str, tensor: Tensor | QuantizedTensor, verdict: Verdict | None
+    ) -> dict[str, Tensor]:
+        """The bytes of the file's tensors for one of the source, already on its holder's grid."""
 
-    def extra_files(self, quantization: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """JSON files that the layout wants beside config.json."""
-        return {}
+    @abstractmethod
+    def reopen(self, folder: Path) -> "ReadBack":
+        """How to read single tensors of files that are still being written to `folder`."""
 
-    def bits_per_weight(self, scheme: Scheme, in_features: int) -> float:
-        """Bits on disk per weight, scales and zero points included."""
-        return scheme.bits_per_weight(in_features)
+    def check_options(self, options: Options) -> None:
+        """Raise InputError for an option that this format does not have."""
+        if options.block is not None and options.block not in self.blocks:
+            names = f"it has {', '.join(self.blocks)}" if self.blocks else "only gguf has them"
+            raise InputError(f"--type {options.block} is no block type of {self.name}; {names}.")
+        if options.embeddings != "exact" and not self.blocks:
+            raise InputError("--embeddings is for gguf; other formats keep dense tensors as is.")
 
-    def verdict(
-        self,
-        scheme: Scheme,
-        shape: tuple[int, int],
-        *,
-        bits: int | None = None,
-        allow_lossy: bool = False,
-    ) -> Verdict:
-        """The narrowest holder of `scheme` for a matrix [out, in], or the reason for none.
-
-        `bits` asks for that width; `allow_lossy` lets scales be rounded to the layout's dtype.
-        """
-        exact = scheme.scale_dtype in self.scale_dtypes
-        if not exact and not allow_lossy:
-            mine = dtype_name(self.scale_dtypes[0])
-            return Verdict(
-                None,
-                f"{self.name} stores {mine} scales, and these are {dtype_name(scheme.scale_dtype)}"
-                f" values that {mine} does not hold (--allow-lossy rounds them)",
-            )
-        scale_dtype = scheme.scale_dtype if exact else self.scale_dtypes[0]
-        reason = self._no_grid(scheme, bits)
-        for grid in self.grids:
-            if (bits is None or grid.bits == bits) and scheme.grid.embedding(grid):
-                holder = Scheme(grid, scheme.group_size, scale_dtype)
-                refusal = self.refuses(holder, shape)
-                if refusal is None:
-                    size = self.bits_per_weight(holder, shape[1])
-                    return Verdict(holder, None, size, exact)
-                reason = refusal
-        return Verdict(None, reason)
-
-    def _no_grid(self, scheme: Scheme, bits: int | None) -> str:
-        width = "" if bits is None else f" at {bits} bits"
-        zero = scheme.grid.zero
-        half = zero is not None and zero % 1 != 0
-        why = f", whose zero point {zero} is not an integer" if half else ""
-        holders = sorted({g.bits for g in self.grids if scheme.grid.embedding(g)})
-        instead = f"; {' or '.join(map(str, holders))} bits would" if holders else ""
-        return f"{self.name}{width} has no grid that holds {scheme.grid.name}{why}{instead}"
+    def differences(self, source: Checkpoint, artefact: Checkpoint) -> list[str]:
+        """Names of what the file says beside its tensors and is unlike the source."""
+        return []

@@ -11,30 +11,27 @@ A weight is (code - zero) * scale. Version 1 (`gptq`) stores zero - 1 modulo 2**
 (`gptq_v2`) stores zero.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qexport import bits
-from qexport.checkpoint import Checkpoint, Entry, Modules, checked_scales, dense_entry, expect
-from qexport.errors import CheckpointError, RefusedError
-from qexport.formats.base import Format
+from qexport.checkpoint import Checkpoint, Modules, checked_scales
+from qexport.errors import CheckpointError
+from qexport.formats.folder import FolderFormat, single_scheme
+from qexport.formats.words import WORD, from_words, in_words, is_float
 from qexport.grid import INT2, INT3, INT4, INT8, UINT2, UINT3, UINT4, UINT8, Scheme
-from qexport.shards import ShardReader
+from qexport.shards import Parts, ShardReader
 from qexport.tensor import QuantizedTensor
 from qexport.version import __version__
 
 __all__ = ["Gptq", "GptqV2"]
 
-_WORD = 32
-_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _SYMMETRIC = {2: INT2, 3: INT3, 4: INT4, 8: INT8}
 _ASYMMETRIC = {2: UINT2, 3: UINT3, 4: UINT4, 8: UINT8}
 
 
-class Gptq(Format):
+class Gptq(FolderFormat):
     """Version 1, the one that every engine reads."""
 
     name = "gptq"
@@ -42,7 +39,7 @@ class Gptq(Format):
     scale_dtypes = (torch.float16,)
     zero_offset = 1
 
-    def detect(self, quantization: dict[str, Any]) -> bool:
+    def describes(self, quantization: dict[str, Any]) -> bool:
         if quantization.get("quant_method") != "gptq":
             return False
         version = quantization.get("checkpoint_format") or quantization.get("format") or "gptq"
@@ -50,35 +47,38 @@ class Gptq(Format):
 
     def refuses(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         for size, what in ((shape[1], "inputs"), (shape[0], "outputs")):
-            if size % _WORD:
+            if size % WORD:
                 return f"{self.name} packs whole words of 32, and a layer has {size} {what}"
         return None
 
-    def encode(self, module: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
+    def parts(self, module: str, scheme: Scheme, shape: tuple[int, int]) -> Parts:
+        out, inputs = shape
+        width, groups = scheme.grid.bits, scheme.groups(inputs)
+        return {
+            f"{module}.qweight": (torch.int32, (inputs * width // WORD, out)),
+            f"{module}.qzeros": (torch.int32, (groups, out * width // WORD)),
+            f"{module}.scales": (scheme.scale_dtype, (groups, out)),
+            f"{module}.g_idx": (torch.int32, (inputs,)),
+        }
+
+    def encode_parts(self, module: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
         width = tensor.scheme.grid.bits
         out, inputs = tensor.shape
         groups = tensor.scales.shape[1]
         if tensor.zeros is None:
-            assert tensor.scheme.grid.zero is not None
-            zeros = torch.full((groups, out), int(tensor.scheme.grid.zero), dtype=torch.uint8)
+            zeros = torch.full((groups, out), int(tensor.scheme.grid.middle), dtype=torch.uint8)
         else:
             zeros = tensor.zeros.t()
         stored = (zeros.to(torch.int16) - self.zero_offset) % (1 << width)
         return {
-            f"{module}.qweight": _words(bits.pack(tensor.codes, width)).t().contiguous(),
-            f"{module}.qzeros": _words(bits.pack(stored.to(torch.uint8).contiguous(), width)),
-            f"{module}.scales": tensor.scales.t().contiguous(),
+            f"{module}.qweight": in_words(tensor.codes, width).t(),
+            f"{module}.qzeros": in_words(stored.to(torch.uint8).contiguous(), width),
+            f"{module}.scales": tensor.scales.t(),
             f"{module}.g_idx": _group_index(inputs, groups),
         }
 
-    def quantization_config(self, modules: Modules) -> dict[str, Any]:
-        schemes = {scheme for scheme, _ in modules.values()}
-        if len(schemes) != 1:
-            raise RefusedError(
-                f"{self.name} is written with one width and group size for the whole model, and "
-                f"this run has {len(schemes)} schemes; native holds them."
-            )
-        scheme = schemes.pop()
+    def quantization_config(self, modules: Modules, source: Checkpoint) -> dict[str, Any]:
+        scheme = single_scheme(self.name, modules)
         return {
             "quant_method": "gptq",
             "method": "gptq",
@@ -88,34 +88,33 @@ class Gptq(Format):
             "group_size": scheme.group_size or -1,
             "sym": scheme.symmetric,
             "desc_act": False,
-            "lm_head": False,
+            "lm_head": "lm_head" in modules,
             "pack_dtype": "int32",
             "dynamic": {},
             "meta": {"quantizer": [f"qexport:{__version__}"]},
         }
 
-    def extra_files(self, quantization: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    def side_files(self, quantization: dict[str, Any]) -> dict[str, Any]:
         return {"quantize_config.json": quantization}
 
-    def read(self, reader: ShardReader, config: dict[str, Any]) -> Checkpoint:
-        quantization = config["quantization_config"]
+    def modules(self, reader: ShardReader, quantization: dict[str, Any]) -> Modules:
         symmetric = bool(quantization.get("sym", True))
         stated, dynamic = quantization.get("bits"), quantization.get("dynamic")
-        modules = [name.removesuffix(".qweight") for name in reader if name.endswith(".qweight")]
-        parts = {f"{module}.{part}" for module in modules for part in _PARTS}
-        entries = {name: dense_entry(reader, name) for name in reader if name not in parts}
-        for module in modules:
+        modules: Modules = {}
+        for name in reader:
+            if not name.endswith(".qweight"):
+                continue
+            module = name.removesuffix(".qweight")
             scheme, shape = _scheme(reader, module, symmetric)
             if not dynamic and scheme.grid.bits != stated:
                 raise CheckpointError(
                     f"{reader.folder}: config.json says {stated!r} bits, and {module} has "
                     f"{scheme.grid.bits}."
                 )
-            load = partial(self._load, reader, module, scheme, shape)
-            entries[f"{module}.weight"] = Entry(shape, scheme.scale_dtype, load, scheme)
-        return Checkpoint(reader.folder, self.name, config, entries)
+            modules[module] = scheme, shape
+        return modules
 
-    def _load(
+    def decode(
         self, reader: ShardReader, module: str, scheme: Scheme, shape: tuple[int, int]
     ) -> QuantizedTensor:
         width, (out, inputs) = scheme.grid.bits, shape
@@ -126,8 +125,8 @@ class Gptq(Format):
                 f"{reader.folder}: {module} has reordered groups (desc_act); quantize it again "
                 "with desc_act off, or with static groups."
             )
-        codes = bits.unpack(_bytes(reader.tensor(f"{module}.qweight").t()), width, inputs)
-        stored = bits.unpack(_bytes(reader.tensor(f"{module}.qzeros")), width, out)
+        codes = from_words(reader.tensor(f"{module}.qweight").t(), width, inputs)
+        stored = from_words(reader.tensor(f"{module}.qzeros"), width, out)
         zeros = (stored.to(torch.int16) + self.zero_offset) % (1 << width)
         zeros = zeros.to(torch.uint8).t().contiguous()
         if not scheme.symmetric:
@@ -153,32 +152,17 @@ def _scheme(reader: ShardReader, module: str, symmetric: bool) -> tuple[Scheme, 
     inputs = (*reader.shape(f"{module}.g_idx"), 0)[0]
     rows, out = (*reader.shape(f"{module}.qweight"), 0, 0)[:2]
     groups = (*reader.shape(f"{module}.scales"), 0)[0]
-    width = rows * _WORD // inputs if inputs else 0
+    width = rows * WORD // inputs if inputs else 0
     grids = _SYMMETRIC if symmetric else _ASYMMETRIC
-    if width not in grids or not groups or inputs % groups or inputs % _WORD or out % _WORD:
+    if width not in grids or not groups or inputs % groups or inputs % WORD or out % WORD:
         raise CheckpointError(
             f"{reader.folder}: {module} has qweight {reader.shape(f'{module}.qweight')}, g_idx of "
             f"{inputs} and {groups} groups, which is no GPTQ layer of 2, 3, 4 or 8 bits."
         )
-    dtype = reader.dtype(f"{module}.scales")
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise CheckpointError(f"{reader.folder}: {module}.scales has dtype {dtype}.")
-    expect(reader, f"{module}.qweight", torch.int32, (inputs * width // _WORD, out))
-    expect(reader, f"{module}.qzeros", torch.int32, (groups, out * width // _WORD))
-    expect(reader, f"{module}.scales", dtype, (groups, out))
-    expect(reader, f"{module}.g_idx", torch.int32, (inputs,))
+    dtype = is_float(reader, f"{module}.scales")
     group_size = None if groups == 1 else inputs // groups
     return Scheme(grids[width], group_size, dtype), (out, inputs)
 
 
 def _group_index(inputs: int, groups: int) -> Tensor:
     return torch.arange(inputs, dtype=torch.int32) // (inputs // groups)
-
-
-def _words(packed: Tensor) -> Tensor:
-    """uint8 [rows, 4n] as little-endian int32 [rows, n]."""
-    return packed.view(torch.int32)
-
-
-def _bytes(words: Tensor) -> Tensor:
-    return words.contiguous().view(torch.uint8)

@@ -1,49 +1,69 @@
-"""From a checkpoint to a packed folder: choose holders, stream, verify, then let it be seen."""
+"""From a checkpoint to a packed folder: choose holders, stream, prove, then let it be seen.
 
-from dataclasses import dataclass, replace
+One tensor is in memory at a time. Each is read, its bytes are put at their place, and the file is
+read back through the format's own reader and compared; only then is it entered in a journal. A
+killed pack goes on after the last entry.
+"""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from qexport.checkpoint import Checkpoint, Modules, module_of
+from qexport.checkpoint import Checkpoint, module_of
 from qexport.errors import InputError, RefusedError, VerificationError
-from qexport.formats.base import Format, Verdict
+from qexport.formats.base import Format, Layout, Options, Plan, Verdict
+from qexport.formats.card import model_card
 from qexport.formats.registry import FORMATS, open_checkpoint
-from qexport.formats.verify import Verification, verify
+from qexport.formats.verify import Verification, compare, compare_rest
 from qexport.grid import Scheme
-from qexport.output import atomic_folder, check_writable, mark, write_json
-from qexport.shards import ShardWriter
+from qexport.output import mark, resumable_folder, write_json
+from qexport.stream import FileWriter, as_bytes
 from qexport.tensor import QuantizedTensor
+from qexport.version import __version__
 
 __all__ = ["PackReport", "holdings", "pack", "plan"]
 
-Plan = dict[str, Verdict]
+Stored = Tensor | QuantizedTensor
+_SYNC_BYTES = 1 << 28  # at most so much is written again after a kill
 
 
 @dataclass(frozen=True)
 class PackReport:
-    """What was written: how each scheme is held, the sizes, and the proof."""
+    """What was written: how each scheme is held, the sizes, and the proof.
+
+    verdicts        of every scheme: {scheme, held, verdict, stored, bits_per_weight, modules}
+    source_sha256   of every tensor of the source, by name: of a dense one's bytes, or of a
+                    quantized one's scheme, codes, scales and zero points, whatever their layout
+    """
 
     format: str
     held: list[str]
+    verdicts: list[dict[str, Any]]
     exact: bool
     bits_per_weight: float
     quantized_bytes: int
     total_bytes: int
     verification: Verification
+    source_sha256: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
         return {**self.__dict__, "verification": self.verification.to_json()}
 
 
-def plan(
-    source: Checkpoint, form: Format, *, bits: int | None = None, allow_lossy: bool = False
-) -> Plan:
+def plan(source: Checkpoint, form: Format, options: Options | None = None) -> dict[str, Verdict]:
     """How `form` would hold every quantized module. Raises RefusedError where it cannot.
 
-    Raises InputError for a checkpoint with nothing quantized in it.
+    Raises InputError for a checkpoint with nothing quantized in it, or an option of another format.
     """
+    options = options or Options()
+    form.check_options(options)
     if not source.modules:
         raise InputError(
             f"{source.folder} is a dense checkpoint: there is nothing to pack; "
@@ -51,74 +71,158 @@ def plan(
         )
     verdicts = {}
     for module, (scheme, shape) in source.modules.items():
-        verdict = form.verdict(scheme, shape, bits=bits, allow_lossy=allow_lossy)
+        verdict = form.verdict(scheme, shape, options)
         if verdict.holder is None:
-            others = _holders(scheme, shape, form)
+            others = _holders(scheme, shape)
             instead = f" Formats that hold it exactly: {', '.join(others)}." if others else ""
             raise RefusedError(f"{module}: {verdict.reason}.{instead}")
         verdicts[module] = verdict
     return verdicts
 
 
-def pack(
-    source: Checkpoint,
-    form: Format,
-    out: Path,
-    *,
-    bits: int | None = None,
-    allow_lossy: bool = False,
-) -> PackReport:
-    """Write `source` to the folder `out` in a layout, and verify what was written.
+def pack(source: Checkpoint, form: Format, out: Path, options: Options | None = None) -> PackReport:
+    """Write `source` to the folder `out` in a layout, and prove what was written.
 
-    The folder appears only when it is whole and, unless `allow_lossy`, exact. Raises RefusedError
-    where the layout cannot hold the weights, InputError for an `out` that is not ours,
-    VerificationError if the written file is not its source.
+    The folder appears only when it is whole and, unless scales may be rounded, exact. Raises
+    RefusedError where the layout cannot hold the weights, InputError for an `out` that is not
+    ours, VerificationError if the written file is not its source.
     """
-    verdicts = plan(source, form, bits=bits, allow_lossy=allow_lossy)
+    options = options or Options()
+    verdicts = plan(source, form, options)
     if source.folder.resolve().is_relative_to(out.resolve()):
         raise InputError(f"{out} is or holds the run itself; choose another -o.")
-    check_writable(out, "packed")
-    modules: Modules = {
-        module: (_holder(verdicts[module]), shape) for module, (_, shape) in source.modules.items()
-    }
-    quantization = form.quantization_config(modules)
-    with atomic_folder(out, "packed") as folder:
-        quantized_bytes, total_bytes = _write(source, form, verdicts, folder)
-        write_json(folder / "config.json", {**source.config, "quantization_config": quantization})
-        for name, content in form.extra_files(quantization).items():
+    layout = form.layout(source, verdicts, options)
+    with resumable_folder(out, "packed", _fingerprint(source, form, options, layout)) as folder:
+        for name, content in layout.json.items():
             write_json(folder / name, content)
         source.copy_files(folder)
-        report = verify(source, open_checkpoint(folder))
-        exact = all(verdict.exact for verdict in verdicts.values())
-        if not report.rest_equal or (exact and not report.exact):
-            raise VerificationError(
-                f"what was written is not the run, and was removed: {report.describe()}."
-            )
-        weights = sum(out * inputs for _, (out, inputs) in modules.values())
-        result = PackReport(
-            format=form.name,
-            held=holdings(source, verdicts),
-            exact=report.exact,
-            bits_per_weight=quantized_bytes * 8 / weights,
-            quantized_bytes=quantized_bytes,
-            total_bytes=total_bytes,
-            verification=report,
-        )
+        records = _write(source, form, verdicts, layout, folder)
+        report = Verification()
+        for record in records.values():
+            report.add(Verification(**record["counts"]))
+        report.add(compare_rest(source, open_checkpoint(folder)))
+        _judge(report, verdicts, options)
+        result = _report(source, form, verdicts, records, report)
+        (folder / "README.md").write_text(model_card(source, result.to_json()), encoding="utf-8")
         mark(folder, "packed", **result.to_json())
     return result
 
 
-def _holder(verdict: Verdict) -> Scheme:
-    assert verdict.holder is not None
-    return verdict.holder
+def _write(
+    source: Checkpoint, form: Format, verdicts: Plan, layout: Layout, folder: Path
+) -> dict[str, dict[str, Any]]:
+    """Write and read back every tensor; returns hash, bytes and counts of each by name."""
+    with FileWriter(folder, layout.files) as writer, ThreadPoolExecutor(1) as hasher:
+        for name, own in layout.extra.items():
+            writer.write(name, own)
+        read_back = form.reopen(folder)
+        journal = _Journal(folder / ".journal", writer)
+        for name, entry in source.entries.items():
+            if name in journal.records:
+                continue
+            tensor: Stored = source[name]
+            digest = hasher.submit(_hash, tensor)
+            verdict = verdicts.get(module_of(name)) if entry.scheme else None
+            held: Stored = tensor if verdict is None else _recode(tensor, verdict, name)
+            parts = form.encode(name, held, verdict)
+            size = sum(writer.write(part, value) for part, value in parts.items())
+            counts = compare(name, tensor, read_back(name, entry, verdict))
+            record = {"sha256": digest.result(), "bytes": size, "counts": asdict(counts)}
+            journal.add(name, record)
+        journal.flush()
+        return journal.records
 
 
-def _holders(scheme: Scheme, shape: tuple[int, int], refused: Format) -> list[str]:
+class _Journal:
+    """What has been written and proven, a line each; a line stands only for bytes on the disk."""
+
+    def __init__(self, path: Path, writer: FileWriter) -> None:
+        self.records: dict[str, dict[str, Any]] = dict(_entries(path))
+        self._path = path
+        self._writer = writer
+        self._pending: list[str] = []
+        self._pending_bytes = 0
+
+    def add(self, name: str, record: dict[str, Any]) -> None:
+        self.records[name] = record
+        self._pending.append(json.dumps([name, record]) + "\n")
+        self._pending_bytes += record["bytes"]
+        if self._pending_bytes >= _SYNC_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        self._writer.sync()
+        with self._path.open("a", encoding="utf-8") as file:
+            file.writelines(self._pending)
+        self._pending, self._pending_bytes = [], 0
+
+
+def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            name, record = json.loads(line)
+        except ValueError:  # the line that was being written when the process died
+            return
+        yield name, record
+
+
+def _fingerprint(source: Checkpoint, form: Format, options: Options, layout: Layout) -> str:
+    """What makes two packs the same one: the source's files, and all that decides the output."""
+    folder = source.folder
+    files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+    states = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+    headers = [(plan.name, sha256(plan.header).hexdigest()) for plan in layout.files]
+    said = [__version__, form.name, asdict(options), str(folder.resolve()), states, headers]
+    return json.dumps(said)
+
+
+def _judge(report: Verification, verdicts: Plan, options: Options) -> None:
+    """Raise VerificationError where the written file is less than was promised."""
+    exact = all(verdict.exact for verdict in verdicts.values())
+    bound = max(verdict.bound for verdict in verdicts.values())
+    dense_kept = options.embeddings == "exact"
+    if (
+        (dense_kept and report.differing_dense)
+        or not report.others_equal
+        or (exact and not report.values_exact)
+        or report.largest_ulp > bound
+    ):
+        raise VerificationError(
+            f"what was written is not the run, and was removed: {report.describe()}."
+        )
+
+
+def _report(
+    source: Checkpoint,
+    form: Format,
+    verdicts: Plan,
+    records: dict[str, dict[str, Any]],
+    report: Verification,
+) -> PackReport:
+    modules = source.modules
+    quantized = sum(records[f"{module}.weight"]["bytes"] for module in modules)
+    weights = sum(out * inputs for _, (out, inputs) in modules.values())
+    return PackReport(
+        format=form.name,
+        held=holdings(source, verdicts),
+        verdicts=_verdicts(source, verdicts),
+        exact=report.exact,
+        bits_per_weight=quantized * 8 / weights,
+        quantized_bytes=quantized,
+        total_bytes=sum(record["bytes"] for record in records.values()),
+        verification=report,
+        source_sha256={name: records[name]["sha256"] for name in source},
+    )
+
+
+def _holders(scheme: Scheme, shape: tuple[int, int]) -> list[str]:
     """Every format and width that holds a matrix exactly, as one writes them."""
     found = []
     for form in FORMATS.values():
         widths = sorted({grid.bits for grid in form.grids})
-        held = [b for b in widths if form.verdict(scheme, shape, bits=b).holder is not None]
+        held = [b for b in widths if form.verdict(scheme, shape, Options(bits=b)).exact]
         if held:
             found.append(f"{form.name} ({', '.join(map(str, held))} bits)")
     return found
@@ -130,34 +234,49 @@ def holdings(source: Checkpoint, verdicts: Plan) -> list[str]:
     return sorted({v.describe(modules[module][0]) for module, v in verdicts.items()})
 
 
-def _write(source: Checkpoint, form: Format, verdicts: Plan, folder: Path) -> tuple[int, int]:
-    """Stream every tensor into `folder`; returns bytes of the quantized ones, and of all."""
-    writer = ShardWriter(folder)
-    quantized_bytes = 0
-    for name in source:
-        tensor = source[name]
-        if isinstance(tensor, Tensor):
-            writer.add(name, tensor)
-            continue
-        module = module_of(name)
-        held = _recode(tensor, _holder(verdicts[module]), module)
-        before = writer.total_bytes
-        for part, value in form.encode(module, held).items():
-            writer.add(part, value)
-        quantized_bytes += writer.total_bytes - before
-    writer.close()
-    return quantized_bytes, writer.total_bytes
+def _verdicts(source: Checkpoint, verdicts: Plan) -> list[dict[str, Any]]:
+    groups: dict[tuple[Scheme, Verdict], list[str]] = {}
+    for module, verdict in verdicts.items():
+        groups.setdefault((source.modules[module][0], verdict), []).append(module)
+    return [
+        {
+            "scheme": scheme.to_json(),
+            "verdict": verdict.kind(scheme),
+            "held": verdict.describe(scheme),
+            "stored": verdict.stored,
+            "bits_per_weight": verdict.bits_per_weight,
+            "bound_ulp": verdict.bound,
+            "modules": len(modules),
+        }
+        for (scheme, verdict), modules in groups.items()
+    ]
 
 
-def _recode(tensor: QuantizedTensor, holder: Scheme, module: str) -> QuantizedTensor:
-    """`tensor` under the scheme `holder`: scales rounded where dtypes differ, codes embedded."""
+def _recode(tensor: Stored, verdict: Verdict, name: str) -> QuantizedTensor:
+    """`tensor` on its holder's grid: scales rounded where dtypes differ, codes embedded."""
+    holder = verdict.holder
+    assert isinstance(tensor, QuantizedTensor)
+    assert holder is not None
     if tensor.scheme.scale_dtype != holder.scale_dtype:
         scales = tensor.scales.to(holder.scale_dtype)
-        if not bool(scales.isfinite().all()) or bool((scales == 0).any()):
-            raise RefusedError(f"{module}: a scale is out of the range of {holder.scale_dtype}.")
+        smallest = torch.finfo(holder.scale_dtype).tiny  # below it a rounding may cost all bits
+        if not bool(scales.isfinite().all()) or bool((scales.abs() < smallest).any()):
+            raise RefusedError(
+                f"{module_of(name)}: a scale is out of the range of {holder.scale_dtype}."
+            )
         scheme = replace(tensor.scheme, scale_dtype=holder.scale_dtype)
         tensor = QuantizedTensor(tensor.codes, scales, scheme, tensor.zeros)
     try:
         return tensor.embed(holder.grid)
     except ValueError as error:
-        raise RefusedError(f"{module}: {error}; native holds it.") from error
+        raise RefusedError(f"{module_of(name)}: {error}; native holds it.") from error
+
+
+def _hash(tensor: Stored) -> str:
+    if isinstance(tensor, QuantizedTensor):
+        digest = sha256(json.dumps(tensor.scheme.to_json()).encode())
+        for part in (tensor.codes, tensor.scales, tensor.zeros):
+            if part is not None:
+                digest.update(as_bytes(part))
+        return digest.hexdigest()
+    return sha256(as_bytes(tensor)).hexdigest()

@@ -1,17 +1,30 @@
-"""The table of formats, and opening whatever a folder holds."""
+"""The table of formats, and opening whatever a path holds."""
 
 from pathlib import Path
 
-from qexport.checkpoint import Checkpoint, open_source, read_config
+from qexport.checkpoint import Checkpoint, open_source, quantization_of, read_config
 from qexport.errors import CheckpointError, InputError
+from qexport.formats.awq import Awq
 from qexport.formats.base import Format
+from qexport.formats.compressed_tensors import CompressedTensors, IntQuantized
 from qexport.formats.gptq import Gptq, GptqV2
+from qexport.formats.humming import Humming
 from qexport.formats.native import Native
-from qexport.shards import ShardReader
 
-__all__ = ["FORMATS", "format_named", "open_checkpoint"]
+__all__ = ["FORMATS", "detect", "format_named", "open_checkpoint"]
 
-FORMATS: dict[str, Format] = {form.name: form for form in (Native(), Gptq(), GptqV2())}
+FORMATS: dict[str, Format] = {
+    form.name: form
+    for form in (
+        Native(),
+        Gptq(),
+        GptqV2(),
+        Awq(),
+        CompressedTensors(),
+        IntQuantized(),
+        Humming(),
+    )
+}
 
 
 def format_named(name: str) -> Format:
@@ -21,20 +34,24 @@ def format_named(name: str) -> Format:
     return FORMATS[name]
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def detect(path: Path) -> Format | None:
+    """The packed format that `path` holds by its files, or None."""
+    return next((form for form in FORMATS.values() if form.detect(path)), None)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint of any layout that we read: dense, RUN, ParetoQ, or packed.
 
     Raises InputError for no folder, CheckpointError for a damaged or unknown one.
     """
-    source = open_source(folder)
+    form = detect(path)
+    if form is not None:
+        return form.read(path)
+    source = open_source(path)
     if source is not None:
         return source
-    config = read_config(folder)
-    quantization = config["quantization_config"]
-    for form in FORMATS.values():
-        if form.detect(quantization):
-            return form.read(ShardReader(folder), config)
+    quantization = quantization_of(path) or read_config(path)["quantization_config"]
     raise CheckpointError(
-        f"{folder} is quantized as {quantization.get('quant_method')!r}, which this version does "
+        f"{path} is quantized as {quantization.get('quant_method')!r}, which this version does "
         f"not read; it reads {', '.join(FORMATS)} and runs of its own."
     )

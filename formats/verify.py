@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from qexport.checkpoint import Checkpoint
+from qexport.formats.registry import FORMATS
 from qexport.tensor import QuantizedTensor
 
-__all__ = ["Verification", "verify"]
+__all__ = ["Verification", "compare", "compare_rest", "verify"]
 
+_CHUNK = 1 << 22  # weights that are dequantized at a time
 _NAMED = 5  # how many offenders a report names
 
 
@@ -24,6 +26,7 @@ class Verification:
     differing_codes    codes unlike the source's, re-coded for the artefact's grid
     differing_bits     bits unlike in the float32 values that both dequantize to
     largest_error      largest |difference| of two such values
+    largest_ulp        the same in float16 units in the last place of what its group can reach
     dense              other tensors compared; differing_dense those that are unlike
     missing, extra     names that only one side has; differing_files likewise for side files
     """
@@ -33,6 +36,7 @@ class Verification:
     differing_codes: int = 0
     differing_bits: int = 0
     largest_error: float = 0.0
+    largest_ulp: float = 0.0
     dense: int = 0
     differing_dense: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -51,7 +55,19 @@ class Verification:
     @property
     def rest_equal(self) -> bool:
         """Whether all but the quantized values is equal."""
-        return not (self.differing_dense or self.missing or self.extra or self.differing_files)
+        return self.others_equal and not self.differing_dense
+
+    @property
+    def others_equal(self) -> bool:
+        """Whether names and side files are equal."""
+        return not (self.missing or self.extra or self.differing_files)
+
+    def add(self, other: "Verification") -> None:
+        """Take in what was counted for other tensors."""
+        for key, value in asdict(other).items():
+            mine = getattr(self, key)
+            largest = key.startswith("largest_")
+            setattr(self, key, max(mine, value) if largest else mine + value)
 
     def to_json(self) -> dict[str, Any]:
         return {"exact": self.exact, **asdict(self)}
@@ -74,18 +90,31 @@ class Verification:
             for what, names in lists.items()
             if names
         ]
-        error = f", largest error {self.largest_error:.3g}" if self.differing_bits else ""
+        error = (
+            f", largest error {self.largest_error:.3g} ({self.largest_ulp:.2g} ulp)"
+            if self.differing_bits
+            else ""
+        )
         return f"NOT exact: {counts}{error} in {over}; " + "; ".join(parts)
 
 
 def verify(source: Checkpoint, artefact: Checkpoint) -> Verification:
     """Compare `artefact`, as its own reader sees it, with what `source` trained."""
     report = Verification()
-    report.missing = sorted(set(source) - set(artefact))
-    report.extra = sorted(set(artefact) - set(source))
     for name in source:
         if name in artefact:
-            _compare(name, source[name], artefact[name], report)
+            report.add(compare(name, source[name], artefact[name]))
+    report.add(compare_rest(source, artefact))
+    return report
+
+
+def compare_rest(source: Checkpoint, artefact: Checkpoint) -> Verification:
+    """Compare everything but the tensors' contents: names, config, side files."""
+    report = Verification()
+    report.missing = sorted(set(source) - set(artefact))
+    report.extra = sorted(set(artefact) - set(source))
+    if artefact.layout in FORMATS:
+        report.differing_files += FORMATS[artefact.layout].differences(source, artefact)
     if source.config != artefact.config:
         report.differing_files.append("config.json")
     names = {file.name for side in (source, artefact) for file in side.carried_files()}
@@ -95,26 +124,34 @@ def verify(source: Checkpoint, artefact: Checkpoint) -> Verification:
     return report
 
 
-def _compare(
-    name: str,
-    mine: Tensor | QuantizedTensor,
-    theirs: Tensor | QuantizedTensor,
-    report: Verification,
-) -> None:
+def compare(
+    name: str, mine: Tensor | QuantizedTensor, theirs: Tensor | QuantizedTensor
+) -> Verification:
+    """Compare one tensor of the source with what an artefact holds for it.
+
+    Dense tensors are equal if their values are: GGUF keeps norms in float32, whatever the source.
+    """
+    report = Verification()
     if isinstance(mine, QuantizedTensor) and isinstance(theirs, QuantizedTensor):
-        report.modules += 1
-        report.weights += mine.codes.numel()
+        report.modules = 1
+        report.weights = mine.codes.numel()
         _compare_quantized(name, mine, theirs, report)
-        return
-    report.dense += 1
+        return report
+    report.dense = 1
     if (
         isinstance(mine, QuantizedTensor)
         or isinstance(theirs, QuantizedTensor)
-        or mine.dtype != theirs.dtype
         or mine.shape != theirs.shape
-        or _differing_bits(mine, theirs)
+        or mine.is_floating_point() != theirs.is_floating_point()
+        or _differing_bits(*_same_dtype(mine, theirs))
     ):
         report.differing_dense.append(name)
+    return report
+
+
+def _same_dtype(mine: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+    wider = torch.promote_types(mine.dtype, theirs.dtype)
+    return mine.to(wider), theirs.to(wider)
 
 
 def _compare_quantized(
@@ -123,28 +160,74 @@ def _compare_quantized(
     if mine.shape != theirs.shape:
         report.differing_dense.append(name)
         return
-    recoding = mine.scheme.grid.embedding(theirs.scheme.grid)
-    if recoding is None:
-        codes = mine.codes.numel()
+    recoded = _recoded(mine, theirs)
+    if recoded is None:
+        report.differing_codes = mine.codes.numel()
     else:
-        factor, offset = recoding
-        codes = int((mine.codes * factor + offset != theirs.codes).sum())
-    expected, found = mine.dequantize(), theirs.dequantize()
-    differing = _differing_bits(expected, found)
-    if differing:
-        error = float((expected - found).abs().max())
-        report.largest_error = max(report.largest_error, error)
-    report.differing_codes += codes
-    report.differing_bits += differing
-    if codes or differing:
+        report.differing_codes = int((recoded.codes != theirs.codes).sum())
+        if mine.scheme == theirs.scheme and _same(recoded, theirs):
+            return
+    step = max(1, _CHUNK // mine.shape[1])
+    for first in range(0, mine.shape[0], step):
+        part = slice(first, first + step)
+        _compare_values(_rows(mine, part), _rows(theirs, part), report)
+    if report.differing_codes or report.differing_bits:
         report.offenders.append(name)
 
 
+def _recoded(mine: QuantizedTensor, theirs: QuantizedTensor) -> QuantizedTensor | None:
+    """The source's tensor with its codes on the artefact's grid, or None where they do not fit."""
+    try:
+        return mine.embed(theirs.scheme.grid)
+    except ValueError:
+        return None
+
+
+def _same(mine: QuantizedTensor, theirs: QuantizedTensor) -> bool:
+    """Whether two tensors of one scheme are the same to the bit."""
+    if not torch.equal(mine.codes, theirs.codes) or _differing_bits(mine.scales, theirs.scales):
+        return False
+    return mine.zeros is theirs.zeros or (
+        mine.zeros is not None
+        and theirs.zeros is not None
+        and torch.equal(mine.zeros, theirs.zeros)
+    )
+
+
+def _rows(tensor: QuantizedTensor, part: slice) -> QuantizedTensor:
+    zeros = None if tensor.zeros is None else tensor.zeros[part]
+    return QuantizedTensor(tensor.codes[part], tensor.scales[part], tensor.scheme, zeros)
+
+
+def _compare_values(mine: QuantizedTensor, theirs: QuantizedTensor, report: Verification) -> None:
+    expected, found = mine.dequantize(), theirs.dequantize()
+    differing = _differing_bits(expected, found)
+    if not differing:
+        return
+    report.differing_bits += differing
+    error = (expected - found).abs()
+    report.largest_error = max(report.largest_error, float(error.max()))
+    in_ulp = error.view(*mine.scales.shape, -1).amax(-1) / _group_ulp(mine)
+    report.largest_ulp = max(report.largest_ulp, float(in_ulp.max()))
+
+
+def _group_ulp(tensor: QuantizedTensor) -> Tensor:
+    """A float16 unit in the last place of the largest value that each group can take."""
+    grid = tensor.scheme.grid
+    top = grid.levels - 1
+    if tensor.zeros is None:
+        reach = torch.tensor(max(grid.middle, top - grid.middle))
+    else:
+        reach = torch.maximum(tensor.zeros.float(), top - tensor.zeros.float())
+    largest = (tensor.scales.float().abs() * reach).clamp_min(2.0**-14)
+    return torch.exp2(largest.log2().floor() - 10)
+
+
 def _differing_bits(mine: Tensor, theirs: Tensor) -> int:
-    a, b = (t.contiguous().flatten().view(torch.uint8).numpy() for t in (mine, theirs))
-    if np.array_equal(a, b):
+    a, b = (t.contiguous().flatten().view(torch.uint8) for t in (mine, theirs))
+    if torch.equal(a, b):
         return 0
-    return int(np.unpackbits(a ^ b).sum())
+    return int(np.unpackbits((a ^ b).numpy()).sum())
 
 
 def _same_file(mine: Path, theirs: Path) -> bool:

@@ -4,6 +4,9 @@ Code `j` of a row occupies bits `bits*j .. bits*j + bits - 1` of the row's strea
 the stream is bit `i % 8` of byte `i // 8`. Read as little-endian int32 words this is the layout of
 GPTQ's qweight (3-bit codes straddling words included), of compressed-tensors >= 0.18 and of the
 native format, so that one packer serves all of them.
+
+Eight codes are moved at once: they stand in the eight bytes of an int64 lane, and three steps of
+shifting and masking bring pairs, then fours, then all eight together.
 """
 
 import torch
@@ -11,8 +14,7 @@ from torch import Tensor
 
 __all__ = ["pack", "packed_bytes", "unpack"]
 
-# Codes are moved through 64-bit lanes (8 codes to `bits` bytes); this bounds what is in flight.
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20  # codes in flight: the lanes of a chunk and their copies stay in the cache
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -33,13 +35,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         return codes.clone()
     rows, n = codes.shape
     out = torch.empty(rows, packed_bytes(n, bits), dtype=torch.uint8)
-    shifts = torch.arange(8, dtype=torch.int64) * bits
-    byte_shifts = torch.arange(bits, dtype=torch.int64) * 8
     for part in _row_chunks(rows, n):
-        block = torch.nn.functional.pad(codes[part], (0, -n % 8)).view(-1, 8).long()
-        words = (block << shifts).sum(-1, keepdim=True)
-        packed = ((words >> byte_shifts) & 0xFF).to(torch.uint8)
-        out[part] = packed.view(out[part].shape[0], -1)[:, : out.shape[1]]
+        block = torch.nn.functional.pad(codes[part], (0, -n % 8)).contiguous()
+        lanes = block.view(torch.int64)
+        for step in (1, 2, 4):
+            lanes = _gather(lanes, step * bits, 8 * step)
+        out[part] = _narrow(lanes, bits)[:, : out.shape[1]]
     return out
 
 
@@ -55,14 +56,60 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         return packed.clone()
     rows = packed.shape[0]
     out = torch.empty(rows, count, dtype=torch.uint8)
-    shifts = torch.arange(8, dtype=torch.int64) * bits
-    byte_shifts = torch.arange(bits, dtype=torch.int64) * 8
     for part in _row_chunks(rows, count):
         block = torch.nn.functional.pad(packed[part], (0, -packed.shape[1] % bits))
-        words = (block.view(-1, bits).long() << byte_shifts).sum(-1, keepdim=True)
-        codes = ((words >> shifts) & ((1 << bits) - 1)).to(torch.uint8)
-        out[part] = codes.view(block.shape[0], -1)[:, :count]
+        lanes = _widen(block.contiguous(), bits)
+        for step in (4, 2, 1):
+            lanes = _scatter(lanes, step * bits, 8 * step)
+        out[part] = lanes.view(torch.uint8)[:, :count]
     return out
+
+
+def _gather(lanes: Tensor, field: int, stride: int) -> Tensor:
+    """Fields of `field` bits that stand `stride` bits apart, joined in pairs."""
+    low = _mask(field, 2 * stride)
+    joined = (lanes >> (stride - field)).bitwise_and_(_signed(low << field))
+    return joined.bitwise_or_(lanes & low)
+
+
+def _scatter(lanes: Tensor, field: int, stride: int) -> Tensor:
+    """Undo `_gather`."""
+    low = _mask(field, 2 * stride)
+    parted = (lanes << (stride - field)).bitwise_and_(_signed(low << stride))
+    return parted.bitwise_or_(lanes & low)
+
+
+def _mask(field: int, period: int) -> int:
+    """`field` ones at the low end of every `period` bits of 64."""
+    return sum(((1 << field) - 1) << at for at in range(0, 64, period))
+
+
+def _signed(mask: int) -> int:
+    """A 64-bit mask as the int64 with these bits."""
+    mask &= (1 << 64) - 1
+    return mask - (1 << 64) if mask >> 63 else mask
+
+
+def _narrow(lanes: Tensor, bits: int) -> Tensor:
+    """The low `bits` bytes of every int64 lane [rows, n] as uint8 [rows, n*bits]."""
+    rows, n = lanes.shape
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(bits)
+    if whole is not None:
+        lowest = torch.empty(rows, n, dtype=whole)
+        return lowest.copy_(lanes.view(whole)[:, :: 8 // bits]).view(torch.uint8)
+    return lanes.view(torch.uint8).view(rows, n, 8)[:, :, :bits].reshape(rows, n * bits)
+
+
+def _widen(packed: Tensor, bits: int) -> Tensor:
+    """Undo `_narrow`, with zeros in the high bytes."""
+    rows, width = packed.shape
+    lanes = torch.zeros(rows, width // bits, dtype=torch.int64)
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(bits)
+    if whole is not None:
+        lanes.view(whole)[:, :: 8 // bits] = packed.view(whole)
+    else:
+        lanes.view(torch.uint8).view(rows, -1, 8)[:, :, :bits] = packed.view(rows, -1, bits)
+    return lanes
 
 
 def _row_chunks(rows: int, n: int) -> list[slice]:

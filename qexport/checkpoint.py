@@ -7,6 +7,7 @@ same type. Nothing is read before it is asked for, so that a model larger than m
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -34,7 +35,9 @@ __all__ = [
     "modules_from_json",
     "modules_to_json",
     "open_source",
+    "quantization_of",
     "read_config",
+    "weight_files",
 ]
 
 CONFIG_VERSION = 1
@@ -58,12 +61,19 @@ Modules = dict[str, tuple[Scheme, tuple[int, int]]]
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor that is not read yet: `scheme` is None for a dense one."""
+    """One tensor that is not read yet.
+
+    scheme        None for a dense one
+    stored_bytes  in the file, scales and all
+    stored        what the layout calls it, where that is neither dtype nor grid: a GGUF type
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], Tensor | QuantizedTensor]
     scheme: Scheme | None = None
+    stored_bytes: int = 0
+    stored: str = ""
 
 
 class Checkpoint(Mapping[str, Tensor | QuantizedTensor]):
@@ -125,6 +135,13 @@ def module_of(name: str) -> str:
     return name.removesuffix(".weight")
 
 
+def weight_files(path: Path) -> list[Path]:
+    """The files with tensors of a checkpoint, which is a folder or itself a file."""
+    if path.is_file():
+        return [path]
+    return sorted([*path.glob("*.safetensors"), *path.glob("*.gguf")])
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder. Raises InputError for no such folder."""
     if not folder.is_dir():
@@ -141,6 +158,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} does not hold an object.")
     return config
+
+
+def quantization_of(path: Path) -> dict[str, Any] | None:
+    """The quantization_config of a folder, or None where there is no readable one."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        found = config["quantization_config"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def open_source(folder: Path) -> Checkpoint | None:
@@ -162,7 +189,9 @@ def open_source(folder: Path) -> Checkpoint | None:
 
 def dense_entry(reader: ShardReader, name: str) -> Entry:
     """The entry of a tensor that is stored as it is."""
-    return Entry(reader.shape(name), reader.dtype(name), partial(reader.tensor, name))
+    shape, dtype = reader.shape(name), reader.dtype(name)
+    size = math.prod(shape) * dtype.itemsize
+    return Entry(shape, dtype, partial(reader.tensor, name), None, size)
 
 
 def modules_to_json(modules: Modules) -> list[dict[str, Any]]:
@@ -210,11 +239,14 @@ def expect(reader: ShardReader, name: str, dtype: torch.dtype, shape: tuple[int,
 
 
 def checked_scales(reader: ShardReader, name: str) -> Tensor:
-    """The scales `name`, or CheckpointError if one is not positive and finite."""
+    """The scales `name`, or CheckpointError if one is zero or not finite.
+
+    Negative ones are in order: llama.cpp's quantizers write them, and GGUF files are re-packed.
+    """
     scales = reader.tensor(name)
-    if not bool((scales > 0).all()) or not bool(scales.isfinite().all()):
+    if not bool((scales != 0).all()) or not bool(scales.isfinite().all()):
         raise CheckpointError(
-            f"{reader.folder}: {name} holds a scale that is not positive and finite; the file is "
+            f"{reader.folder}: {name} holds a scale that is zero or not finite; the file is "
             "damaged, or its training diverged."
         )
     return scales
@@ -240,12 +272,12 @@ def _run_entries(reader: ShardReader, quantization: dict[str, Any]) -> dict[str,
     scales = {module + SCALE_SUFFIX for module in modules}
     entries = {name: dense_entry(reader, name) for name in reader if name not in scales}
     for module, (scheme, shape) in modules.items():
+        scales_shape = (shape[0], scheme.groups(shape[1]))
         expect(reader, f"{module}.weight", torch.float32, shape)
-        expect(
-            reader, module + SCALE_SUFFIX, scheme.scale_dtype, (shape[0], scheme.groups(shape[1]))
-        )
+        expect(reader, module + SCALE_SUFFIX, scheme.scale_dtype, scales_shape)
         load = partial(_load_latent, reader, module, scheme)
-        entries[f"{module}.weight"] = Entry(shape, torch.float32, load, scheme)
+        size = 4 * shape[0] * shape[1] + scheme.scale_dtype.itemsize * math.prod(scales_shape)
+        entries[f"{module}.weight"] = Entry(shape, torch.float32, load, scheme, size)
     return entries
 
 

@@ -13,6 +13,8 @@ __all__ = [
     "INT2",
     "INT3",
     "INT4",
+    "INT5",
+    "INT6",
     "INT8",
     "SEQ2",
     "TERNARY",
@@ -43,20 +45,30 @@ class Grid:
         """Bits that one code takes in a dense stream."""
         return (self.levels - 1).bit_length()
 
-    def embedding(self, wider: "Grid") -> tuple[int, int] | None:
-        """How this grid is re-coded exactly in another: `(factor, offset)`, or None.
+    def factor_into(self, wider: "Grid") -> int | None:
+        """1 or 2 if every value here is one of `wider` at the scale divided by it, else None.
 
-        Code `c` here is code `c * factor + offset` there, with the scale divided by `factor`,
-        which is 1 or 2: the portable scales of this project keep their halves exact.
+        The portable scales of this project keep their halves exact, so that half-integer grids
+        go into integer ones at half the step. Zero points per group go into a symmetric grid as
+        `code - zero`; a symmetric grid goes into an asymmetric one about its middle.
         """
-        if self.zero is None or wider.zero is None:
-            return (1, 0) if self == wider else None
+        if self.zero is None:
+            reach = self.levels - 1
+            if wider.zero is None:
+                return 1 if self.levels <= wider.levels else None
+            whole = wider.zero % 1 == 0
+            return 1 if whole and reach <= min(wider.zero, wider.levels - 1 - wider.zero) else None
         for factor in (1, 2):
-            offset = wider.zero - self.zero * factor
-            top = (self.levels - 1) * factor + offset
-            if offset == int(offset) and offset >= 0 and top <= wider.levels - 1:
-                return factor, int(offset)
+            shift = wider.middle - self.zero * factor
+            top = (self.levels - 1) * factor + shift
+            if shift % 1 == 0 and shift >= 0 and top <= wider.levels - 1:
+                return factor
         return None
+
+    @property
+    def middle(self) -> float:
+        """The zero point, or the one that a symmetric grid takes among this grid's own."""
+        return self.levels // 2 if self.zero is None else self.zero
 
 
 BINARY = Grid("binary", 2, 0.5)
@@ -65,6 +77,8 @@ SEQ2 = Grid("seq2", 4, 1.5)
 INT2 = Grid("int2", 4, 2.0)
 INT3 = Grid("int3", 8, 4.0)
 INT4 = Grid("int4", 16, 8.0)
+INT5 = Grid("int5", 32, 16.0)
+INT6 = Grid("int6", 64, 32.0)
 INT8 = Grid("int8", 256, 128.0)
 UINT2 = Grid("uint2", 4, None)
 UINT3 = Grid("uint3", 8, None)
@@ -73,7 +87,10 @@ UINT8 = Grid("uint8", 256, None)
 
 GRIDS = {
     grid.name: grid
-    for grid in (BINARY, TERNARY, SEQ2, INT2, INT3, INT4, INT8, UINT2, UINT3, UINT4, UINT8)
+    for grid in (
+        *(BINARY, TERNARY, SEQ2, INT2, INT3, INT4, INT5, INT6, INT8),
+        *(UINT2, UINT3, UINT4, UINT8),
+    )
 }
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import shutil
 import tempfile
@@ -12,7 +13,16 @@ from typing import Any
 from qexport.errors import InputError, QexportError
 from qexport.version import __version__
 
-__all__ = ["MARKER", "atomic_folder", "check_writable", "mark", "marker", "strangers", "write_json"]
+__all__ = [
+    "MARKER",
+    "atomic_folder",
+    "check_writable",
+    "mark",
+    "marker",
+    "resumable_folder",
+    "strangers",
+    "write_json",
+]
 
 MARKER = "qexport.json"
 _WORKING = ("checkpoint-", ".checkpoint-", "logs", ".final", ".lock", f".{MARKER}")
@@ -96,6 +106,51 @@ def atomic_folder(target: Path, kind: str) -> Iterator[Path]:
             replace_folder(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def resumable_folder(target: Path, kind: str, fingerprint: str) -> Iterator[Path]:
+    """Like `atomic_folder`, but what a killed process has written is taken up by the next one.
+
+    The working folder stands beside `target` under a fixed name and holds the `fingerprint` of
+    what is being written; with another fingerprint it is begun anew. An error or Ctrl-C removes
+    it; a kill leaves it. Hidden files in it are gone when `target` appears.
+    Raises InputError where another process is writing to `target`.
+    """
+    check_writable(target, kind)
+    target = target.absolute()
+    working = target.with_name(f".{target.name}.packing")
+    with disk_errors(target):
+        working.mkdir(parents=True, exist_ok=True)
+        with (working / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(
+                    f"another qexport is writing {target}; wait for it or choose another -o."
+                ) from error
+            try:
+                _begin(working, fingerprint)
+                yield working
+                for hidden in working.glob(".*"):
+                    hidden.unlink()
+                replace_folder(working, target)
+            except (Exception, KeyboardInterrupt):
+                shutil.rmtree(working, ignore_errors=True)
+                raise
+
+
+def _begin(working: Path, fingerprint: str) -> None:
+    stamp = working / ".fingerprint"
+    if not stamp.is_file() or stamp.read_text(encoding="utf-8") != fingerprint:
+        for path in working.iterdir():
+            if path.name == ".lock":
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        stamp.write_text(fingerprint, encoding="utf-8")
 
 
 def replace_folder(new: Path, target: Path) -> None:

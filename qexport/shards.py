@@ -1,6 +1,7 @@
-"""Safetensors folders: one file or several with an index, read lazily, written shard by shard."""
+"""Safetensors folders: one file or several with an index, read lazily, written at known places."""
 
 import json
+import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,13 +9,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qexport.errors import CheckpointError
 from qexport.output import write_json
+from qexport.stream import FilePlan, FileWriter
 
-__all__ = ["ShardReader", "ShardWriter"]
+__all__ = ["Parts", "ShardReader", "ShardWriter", "plan_shards"]
+
+Parts = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape of tensors by name
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -32,6 +35,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_SHARD_BYTES = 4 << 30
 
 
 class ShardReader:
@@ -64,11 +69,12 @@ class ShardReader:
         return _DTYPES[code]
 
     def tensor(self, name: str) -> Tensor:
-        handle = self._handle(self._file(name))
+        """Read one tensor. Its file is mapped anew, so that no pages of others stay in memory."""
+        path = self.folder / self._file(name)
         try:
-            tensor: Tensor = handle.get_tensor(name)
+            tensor: Tensor = _open(path).get_tensor(name)
         except SafetensorError as error:
-            raise _damaged(self.folder / self._files[name], error) from error
+            raise _damaged(path, error) from error
         return tensor
 
     def _file(self, name: str) -> str:
@@ -153,46 +159,74 @@ def _no_safetensors(folder: Path) -> CheckpointError:
     return CheckpointError(f"{folder} holds no {_SINGLE}; give the folder of a checkpoint.")
 
 
-class ShardWriter:
-    """Writes tensors into a folder in shards of at most `shard_bytes`, holding one at a time."""
+def plan_shards(
+    parts: Parts, shard_bytes: int = _SHARD_BYTES
+) -> tuple[list[FilePlan], dict[str, Any]]:
+    """Place tensors in files of at most `shard_bytes`; also the index file as {name: JSON}.
 
-    def __init__(self, folder: Path, shard_bytes: int = 2 << 30) -> None:
+    The files are `model.safetensors`, or numbered shards in the order of `parts` with an index.
+    Within a file wide dtypes come first, so that every tensor is aligned to its dtype.
+    """
+    shards: list[Parts] = [{}]
+    filled = 0
+    for name, (dtype, shape) in parts.items():
+        size = _bytes(dtype, shape)
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = (dtype, shape)
+        filled += size
+    count = len(shards)
+    if count == 1:
+        return [_plan_file(_SINGLE, shards[0])], {}
+    files = [
+        _plan_file(f"model-{i + 1:05}-of-{count:05}.safetensors", shard)
+        for i, shard in enumerate(shards)
+    ]
+    total = sum(length for plan in files for _, length in plan.slots.values())
+    weight_map = {name: plan.name for plan in files for name in plan.slots}
+    return files, {_INDEX: {"metadata": {"total_size": total}, "weight_map": weight_map}}
+
+
+def _plan_file(file: str, shard: Parts) -> FilePlan:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    places = {}
+    offset = 0
+    for name in sorted(shard, key=lambda name: (-shard[name][0].itemsize, name)):
+        dtype, shape = shard[name]
+        size = _bytes(dtype, shape)
+        span = [offset, offset + size]
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": span}
+        places[name] = (offset, size)
+        offset += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    slots = {name: (start + at, size) for name, (at, size) in places.items()}
+    return FilePlan(file, struct.pack("<Q", len(text)) + text, slots, start + offset)
+
+
+def _bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+class ShardWriter:
+    """Collects a model's tensors, which are in memory anyway, and writes them as shards."""
+
+    def __init__(self, folder: Path, shard_bytes: int = _SHARD_BYTES) -> None:
         self.folder = folder
-        self.total_bytes = 0
         self._shard_bytes = shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[list[str]] = []
+        self._tensors: dict[str, Tensor] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self._shard_bytes:
-            self._flush()
-        self._pending[name] = tensor.detach().cpu().contiguous()
-        self._pending_bytes += size
-        self.total_bytes += size
+        self._tensors[name] = tensor.detach()
 
     def close(self) -> None:
-        """Write what is pending, give the shards their final names, and write the index."""
-        self._flush()
-        count = len(self._shards)
-        weight_map: dict[str, str] = {}
-        for index, names in enumerate(self._shards):
-            part = f"model-{index + 1:05}-of-{count:05}.safetensors"
-            final = _SINGLE if count == 1 else part
-            self._part(index).rename(self.folder / final)
-            weight_map.update(dict.fromkeys(names, final))
-        if count > 1:
-            index_json = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            write_json(self.folder / _INDEX, index_json)
-
-    def _flush(self) -> None:
-        path = self._part(len(self._shards))
-        save_file(self._pending, path, metadata={"format": "pt"})
-        path.chmod(0o644)
-        self._shards.append(list(self._pending))
-        self._pending = {}
-        self._pending_bytes = 0
-
-    def _part(self, index: int) -> Path:
-        return self.folder / f".part-{index}.safetensors"
+        """Write everything, then the index."""
+        parts = {name: (t.dtype, tuple(t.shape)) for name, t in self._tensors.items()}
+        files, index = plan_shards(parts, self._shard_bytes)
+        with FileWriter(self.folder, files) as writer:
+            for name, tensor in self._tensors.items():
+                writer.write(name, tensor)
+        for name, content in index.items():
+            write_json(self.folder / name, content)

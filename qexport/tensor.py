@@ -60,15 +60,29 @@ class QuantizedTensor:
 
     def embed(self, grid: Grid) -> "QuantizedTensor":
         """The same values re-coded in a wider grid. Raises ValueError where it is not exact."""
-        found = self.scheme.grid.embedding(grid)
-        if found is None:
+        if grid == self.scheme.grid:
+            return self
+        factor = self.scheme.grid.factor_into(grid)
+        if factor is None:
             raise ValueError(f"{self.scheme.grid.name} does not embed in {grid.name}")
-        factor, offset = found
         scales = self.scales / factor
         if not torch.equal(scales * factor, self.scales):
             raise ValueError("a scale is too small to be halved exactly")
         scheme = Scheme(grid, self.scheme.group_size, self.scheme.scale_dtype)
-        return QuantizedTensor(self.codes * factor + offset, scales, scheme, self.zeros)
+        if self.zeros is None:
+            assert self.scheme.grid.zero is not None
+            codes = self.codes * factor + int(grid.middle - self.scheme.grid.zero * factor)
+            middle = None if grid.zero is not None else int(grid.middle)
+            zeros = None if middle is None else torch.full(scales.shape, middle, dtype=torch.uint8)
+            return QuantizedTensor(codes, scales, scheme, zeros)
+        if grid.zero is None:
+            return QuantizedTensor(self.codes, scales, scheme, self.zeros)
+        if int(self.zeros.max()) >= self.scheme.grid.levels:
+            raise ValueError("a zero point lies outside its grid")
+        # In uint8 arithmetic, which wraps, and comes out right since the result is in range.
+        shift = (int(grid.zero) - self.zeros.to(torch.int16)).to(torch.uint8).unsqueeze(-1)
+        codes = (self.codes.view(*scales.shape, -1) + shift).view(self.codes.shape)
+        return QuantizedTensor(codes, scales, scheme)
 
 
 def portable(scale: Tensor) -> Tensor:

@@ -1,11 +1,14 @@
 """`qexport inspect`."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qexport.cli.common import Command, json_option, print_json, size
+
+if TYPE_CHECKING:
+    from qexport.checkpoint import Entry
 
 _EPILOG = """\b
 Example:
@@ -18,15 +21,15 @@ Example:
 @json_option
 def command(path: Path, show_modules: bool, as_json: bool) -> None:
     """Show what a checkpoint holds: its layout, schemes, bits per weight and sizes."""
-    from qexport.formats import FORMATS, open_checkpoint
+    from qexport.checkpoint import module_of, weight_files
+    from qexport.formats import open_checkpoint
 
     checkpoint = open_checkpoint(path)
-    form = FORMATS.get(checkpoint.layout)
     modules: dict[str, dict[str, Any]] = {}
-    for name, (scheme, shape) in checkpoint.modules.items():
-        bits = form.bits_per_weight(scheme, shape[1]) if form else scheme.bits_per_weight(shape[1])
-        modules[name] = {"scheme": str(scheme), "shape": list(shape), "bits_per_weight": bits}
-    dense = [e for e in checkpoint.entries.values() if e.scheme is None]
+    for name, entry in checkpoint.entries.items():
+        if entry.scheme is not None or entry.stored:
+            modules[module_of(name)] = _module(entry, checkpoint.layout)
+    dense = [e for e in checkpoint.entries.values() if e.scheme is None and not e.stored]
     result = {
         "path": str(path),
         "layout": checkpoint.layout,
@@ -34,8 +37,8 @@ def command(path: Path, show_modules: bool, as_json: bool) -> None:
         "modules": modules,
         "quantized_weights": sum(m["shape"][0] * m["shape"][1] for m in modules.values()),
         "dense_tensors": len(dense),
-        "dense_bytes": sum(_elements(e.shape) * e.dtype.itemsize for e in dense),
-        "file_bytes": sum(file.stat().st_size for file in path.glob("*.safetensors")),
+        "dense_bytes": sum(e.stored_bytes for e in dense),
+        "file_bytes": sum(file.stat().st_size for file in weight_files(path)),
     }
     if as_json:
         print_json(result)
@@ -43,11 +46,15 @@ def command(path: Path, show_modules: bool, as_json: bool) -> None:
     _print(result, show_modules)
 
 
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
+def _module(entry: "Entry", layout: str) -> dict[str, Any]:
+    out, inputs = entry.shape[0], entry.shape[1]
+    scheme = str(entry.scheme) if entry.scheme is not None else entry.stored
+    if entry.scheme is not None and entry.stored:
+        scheme = f"{scheme}, in {entry.stored}"
+    bits = entry.stored_bytes * 8 / (out * inputs)
+    if entry.scheme is not None and layout in ("run", "paretoq"):  # the file holds latent weights
+        bits = entry.scheme.bits_per_weight(inputs)
+    return {"scheme": scheme, "shape": [out, inputs], "bits_per_weight": bits}
 
 
 def _print(result: dict[str, Any], show_modules: bool) -> None:

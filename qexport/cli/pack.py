@@ -15,16 +15,33 @@ Examples:
 
 @click.command(cls=Command, epilog=_EPILOG)
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--format", required=True, help="native, gptq or gptq_v2.")
+@click.option(
+    "--format",
+    required=True,
+    help="native, gptq, gptq_v2, awq, compressed-tensors, int-quantized, humming or gguf.",
+)
 @click.option(
     "--bits",
     type=click.IntRange(1, 8),
     help="Width in the file; default the narrowest that is exact.",
 )
 @click.option(
+    "--type",
+    "block",
+    metavar="TYPE",
+    help="gguf: the block type (Q4_0, Q2_K, TQ2_0, …); default the narrowest that is exact.",
+)
+@click.option(
+    "--embeddings",
+    type=click.Choice(["exact", "f16", "q8_0", "q6_k"]),
+    default="exact",
+    help="gguf: how embedding and head are stored; the last two want --allow-lossy.",
+)
+@click.option(
     "--allow-lossy",
     is_flag=True,
-    help="Round float32 scales to the format's dtype; verify then says NOT exact.",
+    help="Let the format round what it cannot hold, and report the error; verify then says NOT "
+    "exact.",
 )
 @click.option("--dry-run", is_flag=True, help="Say how it would be held, and write nothing.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
@@ -33,6 +50,8 @@ def command(
     run: Path,
     format: str,
     bits: int | None,
+    block: str | None,
+    embeddings: str,
     allow_lossy: bool,
     dry_run: bool,
     output: Path,
@@ -43,13 +62,14 @@ def command(
     The weights are held exactly or not at all; the written files are read back and compared before
     the folder appears.
     """
-    from qexport.formats import format_named, open_checkpoint
+    from qexport.formats import Options, format_named, open_checkpoint
     from qexport.formats.pack import holdings, pack, plan
 
     target = format_named(format)
+    options = Options(bits, block, embeddings, allow_lossy)
     source = open_checkpoint(run)
     if dry_run:
-        verdicts = plan(source, target, bits=bits, allow_lossy=allow_lossy)
+        verdicts = plan(source, target, options)
         held = holdings(source, verdicts)
         if as_json:
             print_json({"format": format, "held": held})
@@ -57,7 +77,7 @@ def command(
             click.echo("\n".join(held))
         return
     progress_console().print(f"packing {run} as {format}", highlight=False)
-    report = pack(source, target, output, bits=bits, allow_lossy=allow_lossy)
+    report = pack(source, target, output, options)
     if as_json:
         print_json(report.to_json())
         return

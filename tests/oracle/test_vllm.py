@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from qexport.formats import FORMATS, open_checkpoint
+from qexport.formats import FORMATS, Options, open_checkpoint
 from qexport.formats.pack import pack
 from qexport.shards import ShardWriter
 from qexport.tensor import QuantizedTensor
@@ -76,7 +76,7 @@ def test_seq_2_bit_embedded_in_4_bit_gptq(tmp_path: Path) -> None:
         model, "builtin", run, "2", 64, max_steps=30, max_length=128, lr=3e-3, precision="fp32"
     )
     train(settings, Console(quiet=True))
-    report = pack(open_checkpoint(run), FORMATS["gptq"], tmp_path / "gptq", bits=4)
+    report = pack(open_checkpoint(run), FORMATS["gptq"], tmp_path / "gptq", Options(bits=4))
     assert report.exact
     assert isinstance(open_checkpoint(run)["model.layers.0.mlp.up_proj.weight"], QuantizedTensor)
     generator = torch.Generator().manual_seed(0)

@@ -4,7 +4,21 @@ import pytest
 import torch
 
 from qexport.errors import CheckpointError
-from qexport.grid import BINARY, GRIDS, INT2, INT3, INT4, INT8, SEQ2, TERNARY, UINT4, Grid, Scheme
+from qexport.grid import (
+    BINARY,
+    GRIDS,
+    INT2,
+    INT3,
+    INT4,
+    INT8,
+    SEQ2,
+    TERNARY,
+    UINT4,
+    UINT8,
+    Grid,
+    Scheme,
+)
+from qexport.tensor import QuantizedTensor
 
 
 def levels(grid: Grid, factor: int = 1) -> list[float]:
@@ -36,36 +50,61 @@ def test_widths() -> None:
     ]
 
 
+def every_code(grid: Grid) -> QuantizedTensor:
+    """All codes of a grid in each row; a row for every zero point where the grid has none."""
+    zeros = None if grid.zero is not None else torch.arange(grid.levels, dtype=torch.uint8)[:, None]
+    rows = 1 if zeros is None else grid.levels
+    codes = torch.arange(grid.levels).to(torch.uint8).repeat(rows, 1)
+    scales = torch.ones(rows, 1, dtype=torch.float16)
+    return QuantizedTensor(codes, scales, Scheme(grid), zeros)
+
+
+def holds(wide: Grid, values: set[float]) -> bool:
+    """Whether a zero point and a step of 1 or 1/2 of `wide` have all `values`, by trying."""
+    zeros = [wide.zero] if wide.zero is not None else [float(z) for z in range(wide.levels)]
+    return any(
+        values <= {(code - zero) / factor for code in range(wide.levels)}
+        for zero in zeros
+        for factor in (1, 2)
+    )
+
+
 @pytest.mark.parametrize(("narrow", "wide"), list(itertools.product(GRIDS.values(), repeat=2)))
-def test_an_embedding_keeps_every_level(narrow: Grid, wide: Grid) -> None:
-    found = narrow.embedding(wide)
-    if narrow.zero is None or wide.zero is None:
-        assert found == ((1, 0) if narrow == wide else None)
-    elif found is not None:
-        factor, offset = found
-        codes = [code * factor + offset for code in range(narrow.levels)]
-        assert all(0 <= code < wide.levels for code in codes)
-        assert [levels(wide, factor)[code] for code in codes] == levels(narrow)
+def test_an_embedding_keeps_every_value_and_none_is_missed(narrow: Grid, wide: Grid) -> None:
+    tensor = every_code(narrow)
+    if narrow.factor_into(wide) is not None:
+        held = tensor.embed(wide)
+        assert held.scheme.grid == wide
+        assert int(held.codes.max()) < wide.levels
+        assert torch.equal(held.dequantize(), tensor.dequantize())
     else:
-        for factor in (1, 2):  # no exact re-coding was missed
-            assert not set(levels(narrow)) <= set(levels(wide, factor))
+        with pytest.raises(ValueError, match="does not embed"):
+            tensor.embed(wide)
+        rows = [set(row.tolist()) for row in tensor.dequantize()]
+        # binary's two values fit every grid at some zero point that is not its middle
+        assert not all(holds(wide, row) for row in rows) or wide.zero is None
 
 
 @pytest.mark.parametrize(
     ("narrow", "wide", "expected"),
     [
         (SEQ2, INT2, None),
-        (SEQ2, INT3, (2, 1)),  # codes 1, 3, 5, 7
-        (SEQ2, INT4, (2, 5)),  # codes 5, 7, 9, 11
-        (TERNARY, INT2, (1, 1)),
-        (BINARY, INT2, (2, 1)),
-        (INT3, INT4, (1, 4)),
-        (INT4, INT8, (1, 120)),
-        (INT4, UINT4, None),
+        (SEQ2, INT3, [1, 3, 5, 7]),
+        (SEQ2, INT4, [5, 7, 9, 11]),
+        (SEQ2, UINT4, [5, 7, 9, 11]),
+        (TERNARY, INT2, [1, 2, 3]),
+        (BINARY, INT2, [1, 3]),
+        (INT3, INT4, [4, 5, 6, 7, 8, 9, 10, 11]),
+        (INT2, INT8, [126, 127, 128, 129]),
+        (UINT4, INT4, None),
+        (UINT8, INT8, None),
     ],
 )
-def test_known_embeddings(narrow: Grid, wide: Grid, expected: tuple[int, int] | None) -> None:
-    assert narrow.embedding(wide) == expected
+def test_known_embeddings(narrow: Grid, wide: Grid, expected: list[int] | None) -> None:
+    if expected is None:
+        assert narrow.factor_into(wide) is None
+    else:
+        assert every_code(narrow).embed(wide).codes.tolist() == [expected]
 
 
 def test_a_scheme_survives_json() -> None:

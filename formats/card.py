@@ -1,0 +1,102 @@
+"""The model card of a packed folder: what is in it, how exactly, and how to run it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qexport.checkpoint import Checkpoint
+from qexport.version import __version__
+
+__all__ = ["model_card"]
+
+_RUN = {
+    "native": """```
+qexport serve .
+```
+In Python, with qexport installed:
+```python
+import qexport.hf
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(".")
+```""",
+    "gguf": """With llama.cpp:
+```
+llama-cli -m model.gguf
+llama-server -m model.gguf
+```
+Or `qexport serve .`""",
+    "humming": """With vLLM on an NVIDIA GPU:
+```
+vllm serve .
+```
+Or `qexport serve .`""",
+}
+_ENGINES = """With vLLM:
+```
+vllm serve .
+```
+In Python, with the loader that transformers asks for ({needs}):
+```python
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(".")
+```
+Or `qexport serve .`"""
+_NEEDS = {
+    "compressed-tensors": "compressed-tensors, 0.18 or newer for 3 bits",
+    "int-quantized": "compressed-tensors",
+}
+
+
+def model_card(source: Checkpoint, report: dict[str, Any]) -> str:
+    """README.md for a packed folder. `report` is a PackReport as JSON."""
+    form = report["format"]
+    rows = "\n".join(
+        f"| {v['modules']} | {v['held']} | {v['bits_per_weight']:.4g} |" for v in report["verdicts"]
+    )
+    verification = report["verification"]
+    proof = (
+        f"Exact: 0 differing codes and 0 differing bits in {verification['weights']:,} weights."
+        if report["exact"]
+        else f"Not exact: the largest error is {verification['largest_error']:.3g}, "
+        f"{verification['largest_ulp']:.2g} float16 ulp of what its group can reach."
+    )
+    evaluation = _perplexity(source.folder)
+    run = _RUN.get(form) or _ENGINES.format(needs=_NEEDS.get(form, "gptqmodel and optimum"))
+    return f"""---
+library_name: {"gguf" if form == "gguf" else "transformers"}
+tags:
+- qexport
+- {form}
+---
+# {_title(source)}
+
+Packed by qexport {__version__} as `{form}`.
+
+| matrices | held as | bits per weight |
+|-|-|-|
+{rows}
+
+{report["total_bytes"]:,} bytes, of which {report["quantized_bytes"]:,} are quantized matrices
+({report["bits_per_weight"]:.4g} bits per weight).{evaluation}
+
+{proof} `qexport verify RUN .` counts again.
+
+## How to run it
+
+{run}
+"""
+
+
+def _title(source: Checkpoint) -> str:
+    name = source.config.get("_name_or_path") or source.config.get("_model_name_or_path")
+    return str(name or source.config.get("model_type") or "model").splitlines()[0][:200]
+
+
+def _perplexity(folder: Path) -> str:
+    """What the run's own evaluation said, where it is there."""
+    try:
+        results = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
+        value = float(results["eval_perplexity"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return f"\nPerplexity on the run's held-out text: {value:.4g}."

@@ -1,0 +1,211 @@
+"""`FolderFormat`: a layout of safetensors with a `quantization_config` in config.json.
+
+Such a layout is said once, by `parts`: the names, dtypes and shapes of a module's tensors. Reading
+checks files against it, writing plans files by it, and sizes are counted from it.
+"""
+
+from abc import abstractmethod
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from qexport.checkpoint import (
+    Checkpoint,
+    Entry,
+    Modules,
+    dense_entry,
+    expect,
+    module_of,
+    quantization_of,
+    read_config,
+)
+from qexport.errors import RefusedError
+from qexport.formats.base import Format, Layout, Options, Plan, ReadBack, Verdict
+from qexport.grid import Scheme, dtype_name
+from qexport.shards import Parts, ShardReader, plan_shards
+from qexport.tensor import QuantizedTensor
+
+__all__ = ["FolderFormat", "dense_linears", "part_bytes", "single_scheme"]
+
+
+class FolderFormat(Format):
+    """A Hugging Face folder. Subclasses say what stands in it."""
+
+    scale_dtypes: ClassVar[tuple[torch.dtype, ...]]  # the first is what others are rounded to
+
+    @abstractmethod
+    def describes(self, quantization: dict[str, Any]) -> bool:
+        """Whether a quantization_config is of this layout."""
+
+    @abstractmethod
+    def refuses(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        """Why a matrix [out, in] on one of `grids` cannot be stored as it is, or None."""
+
+    @abstractmethod
+    def parts(self, module: str, scheme: Scheme, shape: tuple[int, int]) -> Parts:
+        """The tensors of a module in the file: dtype and shape by name."""
+
+    @abstractmethod
+    def encode_parts(self, module: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
+        """The tensors that `parts` promises."""
+
+    @abstractmethod
+    def decode(
+        self, reader: ShardReader, module: str, scheme: Scheme, shape: tuple[int, int]
+    ) -> QuantizedTensor:
+        """Undo `encode_parts`, from a file whose tensors have been checked against `parts`."""
+
+    @abstractmethod
+    def quantization_config(self, modules: Modules, source: Checkpoint) -> dict[str, Any]:
+        """What config.json says of the modules. Raises RefusedError if it cannot say it."""
+
+    @abstractmethod
+    def modules(self, reader: ShardReader, quantization: dict[str, Any]) -> Modules:
+        """Scheme and shape of every module in a file. Raises CheckpointError on nonsense."""
+
+    def file_parts(
+        self, reader: ShardReader, module: str, scheme: Scheme, shape: tuple[int, int]
+    ) -> Parts:
+        """What a file may have in place of `parts`, where layouts have changed over time."""
+        return self.parts(module, scheme, shape)
+
+    def side_files(self, quantization: dict[str, Any]) -> dict[str, Any]:
+        """JSON files that the layout wants beside config.json."""
+        return {}
+
+    def detect(self, path: Path) -> bool:
+        quantization = quantization_of(path)
+        return quantization is not None and self.describes(quantization)
+
+    def read(self, path: Path) -> Checkpoint:
+        config = read_config(path)
+        reader = ShardReader(path)
+        entries: dict[str, Entry] = {}
+        taken: set[str] = set()
+        for module, (scheme, shape) in self.modules(reader, config["quantization_config"]).items():
+            parts = self.file_parts(reader, module, scheme, shape)
+            for name, (dtype, sides) in parts.items():
+                expect(reader, name, dtype, sides)
+            taken.update(parts)
+            entries[f"{module}.weight"] = Entry(
+                shape,
+                scheme.scale_dtype,
+                partial(self.decode, reader, module, scheme, shape),
+                scheme,
+                sum(map(part_bytes, parts.values())),
+            )
+        for name in reader:
+            if name not in taken:
+                entries[name] = dense_entry(reader, name)
+        return Checkpoint(path, self.name, config, entries)
+
+    def verdict(self, scheme: Scheme, shape: tuple[int, int], options: Options) -> Verdict:
+        exact = scheme.scale_dtype in self.scale_dtypes
+        if not exact and not options.allow_lossy:
+            mine = dtype_name(self.scale_dtypes[0])
+            return Verdict(
+                None,
+                reason=f"{self.name} stores {mine} scales, and these are "
+                f"{dtype_name(scheme.scale_dtype)} values that {mine} does not hold "
+                "(--allow-lossy rounds them)",
+            )
+        scale_dtype = scheme.scale_dtype if exact else self.scale_dtypes[0]
+        reason = self._no_grid(scheme, options.bits)
+        for grid in self.grids:
+            if options.bits not in (None, grid.bits) or not scheme.grid.factor_into(grid):
+                continue
+            holder = Scheme(grid, scheme.group_size, scale_dtype)
+            refusal = self.refuses(holder, shape)
+            if refusal is None:
+                size = sum(map(part_bytes, self.parts("", holder, shape).values()))
+                width = size * 8 / (shape[0] * shape[1])
+                return Verdict(holder, grid.name, None, width, 0.0 if exact else 1.0)
+            reason = refusal
+        return Verdict(None, reason=reason)
+
+    def layout(self, source: Checkpoint, plan: Plan, options: Options) -> Layout:
+        modules: Modules = {}
+        stored: Parts = {}
+        parts: dict[str, list[str]] = {}
+        for name, entry in source.entries.items():
+            mine: Parts = {name: (entry.dtype, entry.shape)}
+            verdict = plan.get(module_of(name)) if entry.scheme else None
+            if verdict is not None and verdict.holder is not None:
+                shape = (entry.shape[0], entry.shape[1])
+                modules[module_of(name)] = verdict.holder, shape
+                mine = self.parts(module_of(name), verdict.holder, shape)
+            parts[name] = list(mine)
+            stored.update(mine)
+        quantization = self.quantization_config(modules, source)
+        files, index = plan_shards(stored)
+        side = {
+            "config.json": {**source.config, "quantization_config": quantization},
+            **self.side_files(quantization),
+            **index,
+        }
+        return Layout(files, parts, side, {})
+
+    def encode(
+        self, name: str, tensor: Tensor | QuantizedTensor, verdict: Verdict | None
+    ) -> dict[str, Tensor]:
+        if isinstance(tensor, QuantizedTensor):
+            return self.encode_parts(module_of(name), tensor)
+        return {name: tensor}
+
+    def reopen(self, folder: Path) -> ReadBack:
+        reader = ShardReader(folder)
+
+        def read_back(name: str, entry: Entry, verdict: Verdict | None) -> Tensor | QuantizedTensor:
+            if verdict is None or verdict.holder is None:
+                return reader.tensor(name)
+            shape = (entry.shape[0], entry.shape[1])
+            return self.decode(reader, module_of(name), verdict.holder, shape)
+
+        return read_back
+
+    def _no_grid(self, scheme: Scheme, bits: int | None) -> str:
+        width = "" if bits is None else f" at {bits} bits"
+        zero = scheme.grid.zero
+        half = zero is not None and zero % 1 != 0
+        why = f", whose zero point {zero} is not an integer" if half else ""
+        holders = sorted({g.bits for g in self.grids if scheme.grid.factor_into(g)})
+        instead = f"; {' or '.join(map(str, holders))} bits would" if holders else ""
+        return f"{self.name}{width} has no grid that holds {scheme.grid.name}{why}{instead}"
+
+
+def dense_linears(source: Checkpoint) -> list[str]:
+    """Modules with a dense matrix, the embedding aside: those that engines must not convert.
+
+    `lm_head` is always among them unless quantized: where it is tied it has no tensor of its own.
+    """
+    modules = source.modules
+    found = [
+        module_of(name)
+        for name, entry in source.entries.items()
+        if entry.scheme is None and len(entry.shape) == 2 and name.endswith(".weight")
+    ]
+    named = [module for module in found if "embed" not in module and module != "lm_head"]
+    return named if "lm_head" in modules else ["lm_head", *named]
+
+
+def single_scheme(name: str, modules: Modules) -> Scheme:
+    """The one scheme of all modules, for layouts whose config has room for one."""
+    schemes = {scheme for scheme, _ in modules.values()}
+    if len(schemes) != 1:
+        raise RefusedError(
+            f"{name} is written with one width and group size for the whole model, and this run "
+            f"has {len(schemes)} schemes; native, compressed-tensors and gguf hold them."
+        )
+    return schemes.pop()
+
+
+def part_bytes(part: tuple[torch.dtype, tuple[int, ...]]) -> int:
+    """Bytes of one tensor in a file."""
+    dtype, shape = part
+    count = dtype.itemsize
+    for side in shape:
+        count *= side
+    return count
