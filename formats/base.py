@@ -14,7 +14,7 @@ from qexport.grid import Grid, Scheme
 from qexport.stream import FilePlan
 from qexport.tensor import QuantizedTensor
 
-__all__ = ["Format", "Layout", "Options", "Plan", "ReadBack", "Verdict"]
+__all__ = ["Encode", "Format", "Layout", "Options", "Plan", "ReadBack", "Verdict"]
 
 
 @dataclass(frozen=True)
@@ -80,24 +80,29 @@ class Verdict:
 Plan = Mapping[str, Verdict]  # by module; none of them a refusal
 
 
+# (name in the source, tensor on its holder's grid, its verdict if quantized) -> bytes by the name
+# of the file's tensors
+Encode = Callable[[str, Tensor | QuantizedTensor, Verdict | None], dict[str, Tensor]]
 # (name in the source, its entry there, its verdict if quantized) -> what the file holds
-ReadBack = Callable[[str, Entry, "Verdict | None"], Tensor | QuantizedTensor]
+ReadBack = Callable[[str, Entry, Verdict | None], Tensor | QuantizedTensor]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The files of an artefact before any weight is in them.
+    """The files of an artefact before any weight is in them, and what fills them.
 
     files   those with tensors, every offset fixed
-    parts   the tensors that stand in the files for each tensor of the source
     json    side files
     extra   tensors of the format's own, which stand for none of the source
+    encode  from a tensor of the source to the file's
+    reopen  reads single tensors of a folder that is still being written
     """
 
     files: list[FilePlan]
-    parts: dict[str, list[str]]
     json: dict[str, Any]
     extra: dict[str, Tensor]
+    encode: Encode
+    reopen: Callable[[Path], ReadBack]
 
 
 class Format(ABC):
@@ -122,16 +127,6 @@ class Format(ABC):
     @abstractmethod
     def layout(self, source: Checkpoint, plan: Plan, options: Options) -> Layout:
         """Where everything will stand. Raises RefusedError for what the layout cannot say."""
-
-    @abstractmethod
-    def encode(
-        self, name: str, tensor: Tensor | QuantizedTensor, verdict: Verdict | None
-    ) -> dict[str, Tensor]:
-        """The bytes of the file's tensors for one of the source, already on its holder's grid."""
-
-    @abstractmethod
-    def reopen(self, folder: Path) -> "ReadBack":
-        """How to read single tensors of files that are still being written to `folder`."""
 
     def check_options(self, options: Options) -> None:
         """Raise InputError for an option that this format does not have."""

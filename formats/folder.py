@@ -129,7 +129,6 @@ class FolderFormat(Format):
     def layout(self, source: Checkpoint, plan: Plan, options: Options) -> Layout:
         modules: Modules = {}
         stored: Parts = {}
-        parts: dict[str, list[str]] = {}
         for name, entry in source.entries.items():
             mine: Parts = {name: (entry.dtype, entry.shape)}
             verdict = plan.get(module_of(name)) if entry.scheme else None
@@ -137,7 +136,6 @@ class FolderFormat(Format):
                 shape = (entry.shape[0], entry.shape[1])
                 modules[module_of(name)] = verdict.holder, shape
                 mine = self.parts(module_of(name), verdict.holder, shape)
-            parts[name] = list(mine)
             stored.update(mine)
         quantization = self.quantization_config(modules, source)
         files, index = plan_shards(stored)
@@ -146,16 +144,16 @@ class FolderFormat(Format):
             **self.side_files(quantization),
             **index,
         }
-        return Layout(files, parts, side, {})
+        return Layout(files, side, {}, self._encode, self._reopen)
 
-    def encode(
+    def _encode(
         self, name: str, tensor: Tensor | QuantizedTensor, verdict: Verdict | None
     ) -> dict[str, Tensor]:
         if isinstance(tensor, QuantizedTensor):
             return self.encode_parts(module_of(name), tensor)
         return {name: tensor}
 
-    def reopen(self, folder: Path) -> ReadBack:
+    def _reopen(self, folder: Path) -> ReadBack:
         reader = ShardReader(folder)
 
         def read_back(name: str, entry: Entry, verdict: Verdict | None) -> Tensor | QuantizedTensor:

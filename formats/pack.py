@@ -96,7 +96,7 @@ def pack(source: Checkpoint, form: Format, out: Path, options: Options | None = 
         for name, content in layout.json.items():
             write_json(folder / name, content)
         source.copy_files(folder)
-        records = _write(source, form, verdicts, layout, folder)
+        records = _write(source, verdicts, layout, folder)
         report = Verification()
         for record in records.values():
             report.add(Verification(**record["counts"]))
@@ -109,13 +109,13 @@ def pack(source: Checkpoint, form: Format, out: Path, options: Options | None = 
 
 
 def _write(
-    source: Checkpoint, form: Format, verdicts: Plan, layout: Layout, folder: Path
+    source: Checkpoint, verdicts: Plan, layout: Layout, folder: Path
 ) -> dict[str, dict[str, Any]]:
     """Write and read back every tensor; returns hash, bytes and counts of each by name."""
     with FileWriter(folder, layout.files) as writer, ThreadPoolExecutor(1) as hasher:
         for name, own in layout.extra.items():
             writer.write(name, own)
-        read_back = form.reopen(folder)
+        read_back = layout.reopen(folder)
         journal = _Journal(folder / ".journal", writer)
         for name, entry in source.entries.items():
             if name in journal.records:
@@ -124,7 +124,7 @@ def _write(
             digest = hasher.submit(_hash, tensor)
             verdict = verdicts.get(module_of(name)) if entry.scheme else None
             held: Stored = tensor if verdict is None else _recode(tensor, verdict, name)
-            parts = form.encode(name, held, verdict)
+            parts = layout.encode(name, held, verdict)
             size = sum(writer.write(part, value) for part, value in parts.items())
             counts = compare(name, tensor, read_back(name, entry, verdict))
             record = {"sha256": digest.result(), "bytes": size, "counts": asdict(counts)}

@@ -7,6 +7,7 @@ from qexport.errors import CheckpointError, InputError
 from qexport.formats.awq import Awq
 from qexport.formats.base import Format
 from qexport.formats.compressed_tensors import CompressedTensors, IntQuantized
+from qexport.formats.gguf import Gguf
 from qexport.formats.gptq import Gptq, GptqV2
 from qexport.formats.humming import Humming
 from qexport.formats.native import Native
@@ -23,6 +24,7 @@ FORMATS: dict[str, Format] = {
         CompressedTensors(),
         IntQuantized(),
         Humming(),
+        Gguf(),
     )
 }
 

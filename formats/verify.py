@@ -117,7 +117,9 @@ def compare_rest(source: Checkpoint, artefact: Checkpoint) -> Verification:
         report.differing_files += FORMATS[artefact.layout].differences(source, artefact)
     if source.config != artefact.config:
         report.differing_files.append("config.json")
-    names = {file.name for side in (source, artefact) for file in side.carried_files()}
+    converted = source.make_tokenizer is not None  # from a GGUF file, and so not file by file
+    sides = () if converted else (source, artefact)
+    names = {file.name for side in sides for file in side.carried_files()}
     for name in sorted(names):
         if not _same_file(source.folder / name, artefact.folder / name):
             report.differing_files.append(name)
@@ -136,6 +138,14 @@ def compare(
         report.modules = 1
         report.weights = mine.codes.numel()
         _compare_quantized(name, mine, theirs, report)
+        return report
+    if isinstance(mine, QuantizedTensor) and isinstance(theirs, Tensor):
+        report.modules = 1
+        report.weights = mine.codes.numel()
+        if mine.shape != tuple(theirs.shape):
+            report.differing_dense.append(name)
+        else:
+            _compare_values(mine, theirs.float(), report)
         return report
     report.dense = 1
     if (
@@ -170,7 +180,7 @@ def _compare_quantized(
     step = max(1, _CHUNK // mine.shape[1])
     for first in range(0, mine.shape[0], step):
         part = slice(first, first + step)
-        _compare_values(_rows(mine, part), _rows(theirs, part), report)
+        _compare_values(_rows(mine, part), _rows(theirs, part).dequantize(), report)
     if report.differing_codes or report.differing_bits:
         report.offenders.append(name)
 
@@ -199,8 +209,8 @@ def _rows(tensor: QuantizedTensor, part: slice) -> QuantizedTensor:
     return QuantizedTensor(tensor.codes[part], tensor.scales[part], tensor.scheme, zeros)
 
 
-def _compare_values(mine: QuantizedTensor, theirs: QuantizedTensor, report: Verification) -> None:
-    expected, found = mine.dequantize(), theirs.dequantize()
+def _compare_values(mine: QuantizedTensor, found: Tensor, report: Verification) -> None:
+    expected = mine.dequantize()
     differing = _differing_bits(expected, found)
     if not differing:
         return

@@ -90,6 +90,7 @@ class Checkpoint(Mapping[str, Tensor | QuantizedTensor]):
         self.layout = layout
         self.config = {key: v for key, v in config.items() if key != "quantization_config"}
         self.entries = entries
+        self.make_tokenizer: Callable[[], Any] | None = None  # where it is not in files beside
 
     def __getitem__(self, name: str) -> Tensor | QuantizedTensor:
         return self.entries[name].load()
@@ -125,7 +126,9 @@ class Checkpoint(Mapping[str, Tensor | QuantizedTensor]):
         return sorted(file for file in found if file.is_file())
 
     def copy_files(self, target: Path) -> None:
-        """Copy the carried files into `target`."""
+        """Copy the carried files into `target`; a tokenizer that is in none becomes some."""
+        if self.make_tokenizer is not None:
+            self.make_tokenizer().save_pretrained(target)
         for file in self.carried_files():
             shutil.copyfile(file, target / file.name)
 

@@ -41,7 +41,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
 def open_model(folder: Path, dtype: str = "auto") -> tuple[Any, Any, Checkpoint]:
     """(model, tokenizer, checkpoint) of a folder, on the best device of this machine."""
     checkpoint = open_checkpoint(folder)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = (checkpoint.make_tokenizer or partial(load_tokenizer, folder))()
     model = load_model(checkpoint, resolve_dtype(checkpoint, dtype), best_device())
     return model, tokenizer, checkpoint
 

@@ -1,0 +1,333 @@
+"""The GGUF format: `model.gguf` in a folder, and files of llama.cpp's own making."""
+
+import json
+import math
+import tempfile
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from qexport.checkpoint import (
+    CONFIG_VERSION,
+    Checkpoint,
+    Entry,
+    Modules,
+    module_of,
+    modules_to_json,
+    read_config,
+)
+from qexport.errors import CheckpointError, InputError, RefusedError
+from qexport.formats.base import Format, Layout, Options, Plan, ReadBack, Verdict
+from qexport.formats.gguf.blocks import BLOCKS, BY_ID, Block, round_to_q6_k, round_to_q8_0
+from qexport.formats.gguf.container import GgufFile, Value, plan_file
+from qexport.formats.gguf.entries import (
+    DENSE_IDS,
+    EMBEDDINGS,
+    ROWS,
+    SCHEMES,
+    entry_of,
+    schemes_of,
+)
+from qexport.formats.gguf.hparams import config_of, family_of, hparams, rope_tensors, rows_of
+from qexport.formats.gguf.names import Rows, from_gguf, to_gguf
+from qexport.formats.gguf.vocabulary import tokenizer_of, vocabulary
+from qexport.grid import Grid, Scheme
+from qexport.tensor import QuantizedTensor
+from qexport.version import __version__
+
+__all__ = ["Gguf"]
+
+_FILE = "model.gguf"
+_DENSE_FILE_TYPES = {0: 0, 1: 1, 30: 32}
+_OUR_EXTRA = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_ROUNDED = {"q8_0": round_to_q8_0, "q6_k": round_to_q6_k}
+
+
+class Gguf(Format):
+    """One file, everything in it."""
+
+    name = "gguf"
+    blocks = tuple(BLOCKS)
+    grids: ClassVar[tuple[Grid, ...]] = tuple(
+        sorted({g for b in BLOCKS.values() for g in b.holds}, key=lambda grid: grid.levels)
+    )
+
+    def detect(self, path: Path) -> bool:
+        if path.is_file():
+            with path.open("rb") as file:
+                return file.read(4) == b"GGUF"
+        return bool(_files(path)) and not any(path.glob("*.safetensors"))
+
+    def verdict(self, scheme: Scheme, shape: tuple[int, int], options: Options) -> Verdict:
+        exact = scheme.scale_dtype == torch.float16
+        if not exact and not options.allow_lossy:
+            return Verdict(
+                None,
+                reason="gguf stores float16 scales, and these are "
+                f"{scheme.scale_dtype} values (--allow-lossy rounds them)".replace("torch.", ""),
+            )
+        group = scheme.group_size or shape[1]
+        fitting = [
+            (block, grid, 0.0 if exact else 1.0)
+            for block in BLOCKS.values()
+            for grid in block.holds
+            if options.block in (None, block.name)
+            and options.bits in (None, block.width)
+            and group % block.size == 0
+            and scheme.grid.factor_into(grid)
+        ]
+        if not fitting and options.allow_lossy and options.block == "Q4_1":
+            fitting = _rounded_minimum(scheme, group)
+        if not fitting:
+            return Verdict(None, reason=_no_block(scheme, group, options))
+        block, grid, bound = fitting[0]
+        holder = Scheme(grid, scheme.group_size, torch.float16)
+        return Verdict(holder, block.name, None, block.bits_per_weight, bound)
+
+    def layout(self, source: Checkpoint, plan: Plan, options: Options) -> Layout:
+        family_of(source.config)
+        if options.embeddings in _ROUNDED and not options.allow_lossy:
+            raise RefusedError(
+                f"--embeddings {options.embeddings} rounds them; --allow-lossy lets it."
+            )
+        tensors: dict[str, tuple[int, tuple[int, ...], int]] = {}
+        for name, entry in source.entries.items():
+            theirs = to_gguf(name)
+            if theirs is None:
+                raise RefusedError(f"gguf has no name for {name}; native holds it.")
+            verdict = plan.get(module_of(name)) if entry.scheme else None
+            tensors[theirs] = _place(name, entry, verdict, options)
+        extra = rope_tensors(source.config)
+        tensors.update({n: (0, tuple(t.shape), 4 * t.numel()) for n, t in extra.items()})
+        metadata = _metadata(source, plan, tensors)
+        rows = rows_of(source.config)
+        config = {key: v for key, v in source.config.items() if key != "quantization_config"}
+        return Layout(
+            [plan_file(_FILE, metadata, tensors)],
+            {"config.json": config},
+            extra,
+            partial(_encode, rows, options),
+            partial(_reopen, rows),
+        )
+
+    def read(self, path: Path) -> Checkpoint:
+        file = GgufFile(_only_file(path))
+        if file.integer("split.count", 1) > 1:
+            raise InputError(f"{file.path} is one of several parts; join them with llama.cpp.")
+        config = config_of(file)
+        beside = path.is_dir() and (path / "config.json").is_file()
+        if beside:
+            config = _checked_config(file, read_config(path))
+        rows = rows_of(config)
+        schemes = schemes_of(file)
+        entries = {}
+        for theirs, info in file.tensors.items():
+            name = from_gguf(theirs)
+            if name is None and theirs not in _OUR_EXTRA:
+                raise CheckpointError(f"{file.path} has the tensor {theirs[:80]!r}, unknown here.")
+            if name is not None:
+                entries[name] = entry_of(file, name, info, rows, schemes.pop(module_of(name), None))
+        if schemes:
+            raise file.damaged(f"it promises {next(iter(schemes))[:80]} and lacks it")
+        checkpoint = Checkpoint(path, self.name, config, entries)
+        if not (path.is_dir() and (path / "tokenizer.json").is_file()):
+            checkpoint.make_tokenizer = partial(tokenizer_of, file)
+        return checkpoint
+
+    def differences(self, source: Checkpoint, artefact: Checkpoint) -> list[str]:
+        """Metadata of the file, tokenizer included, that is not what the source says."""
+        if source.make_tokenizer is not None:  # a GGUF file itself, whose tokenizer was converted
+            return []
+        file = GgufFile(_only_file(artefact.folder))
+        expected = {
+            **hparams(source.config),
+            **vocabulary(source.folder, int(source.config["vocab_size"])),
+        }
+        return [key for key, value in expected.items() if file.raw(key) != value.encode()]
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.gguf"))
+
+
+def _only_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    files = _files(path)
+    if len(files) != 1:
+        raise InputError(f"{path} has {len(files)} GGUF files; give the one that is meant.")
+    return files[0]
+
+
+def _rounded_minimum(scheme: Scheme, group: int) -> list[tuple[Block, Grid, float]]:
+    """Q4_1 for zero points: its float16 minimum is off by half a unit in the last place."""
+    block = BLOCKS["Q4_1"]
+    if scheme.symmetric or scheme.grid.bits != block.width or group % block.size:
+        return []
+    scales = 0.0 if scheme.scale_dtype == torch.float16 else 1.0
+    return [(block, scheme.grid, 0.51 + scales)]
+
+
+def _no_block(scheme: Scheme, group: int, options: Options) -> str:
+    asked = [word for word in (options.block, options.bits and f"{options.bits} bits") if word]
+    where = f" at {' and '.join(map(str, asked))}" if asked else ""
+    holding = [b for b in BLOCKS.values() if any(scheme.grid.factor_into(g) for g in b.holds)]
+    named = [b for b in holding if options.block in (None, b.name)]
+    if not named or options.bits is not None:
+        others = ", ".join(b.name for b in holding if group % b.size == 0)
+        instead = f"; {others} would" if others else ""
+        return f"gguf{where} has no block type that holds {scheme.grid.name} exactly{instead}"
+    size = min(block.size for block in named)
+    return (
+        f"gguf{where} wants groups of a multiple of {size} inputs for {scheme.grid.name}, and "
+        f"these have {group}"
+    )
+
+
+def _place(
+    name: str, entry: Entry, verdict: Verdict | None, options: Options
+) -> tuple[int, tuple[int, ...], int]:
+    """Type, shape and bytes of a tensor in the file."""
+    elements = math.prod(entry.shape)
+    block = BLOCKS[verdict.stored] if verdict is not None else _rounded(name, entry, options)
+    if block is not None:
+        return block.id, entry.shape, elements // block.size * block.bytes
+    dtype = _dense_dtype(name, entry.dtype, entry.shape, options)
+    return DENSE_IDS[dtype], entry.shape, elements * dtype.itemsize
+
+
+def _rounded(name: str, entry: Entry, options: Options) -> Block | None:
+    """The block type that a dense embedding is rounded to, where that was asked for."""
+    if name not in EMBEDDINGS or options.embeddings not in _ROUNDED:
+        return None
+    block = BLOCKS[options.embeddings.upper()]
+    if entry.shape[1] % block.size:
+        raise RefusedError(
+            f"--embeddings {options.embeddings} wants rows of a multiple of {block.size}, and "
+            f"{name} has {entry.shape[1]}."
+        )
+    return block
+
+
+def _dense_dtype(
+    name: str, dtype: torch.dtype, shape: tuple[int, ...], options: Options
+) -> torch.dtype:
+    """llama.cpp wants vectors in float32; matrices may stay what they are."""
+    if len(shape) == 1:
+        return torch.float32
+    if name in EMBEDDINGS and options.embeddings == "f16":
+        return torch.float16
+    if dtype not in DENSE_IDS:
+        raise RefusedError(f"gguf does not hold {name} of {dtype}; native does.")
+    return dtype
+
+
+def _metadata(
+    source: Checkpoint, plan: Plan, tensors: dict[str, tuple[int, tuple[int, ...], int]]
+) -> dict[str, Value]:
+    kinds = Counter(kind for kind, shape, _ in tensors.values() if len(shape) == 2)
+    common = kinds.most_common(1)[0][0] if kinds else 0
+    block = BY_ID.get(common)
+    file_type = block.file_type if block else _DENSE_FILE_TYPES[common]
+    modules: Modules = {
+        module: (verdict.holder, source.modules[module][1])
+        for module, verdict in plan.items()
+        if verdict.holder is not None and verdict.stored != "Q4_1"
+    }
+    schemes = {"version": CONFIG_VERSION, "config_groups": modules_to_json(modules)}
+    config = source.config
+    name = config.get("_name_or_path") or config.get("_model_name_or_path") or config["model_type"]
+    return {
+        "general.architecture": Value("str", family_of(config).arch),
+        "general.type": Value("str", "model"),
+        "general.name": Value("str", str(name)[:200]),
+        "general.file_type": Value("u32", file_type),
+        "general.quantization_version": Value("u32", 2),
+        **hparams(config),
+        **_vocabulary(source),
+        "qexport.version": Value("str", __version__),
+        SCHEMES: Value("str", json.dumps(schemes)),
+    }
+
+
+def _vocabulary(source: Checkpoint) -> dict[str, Value]:
+    size = int(source.config["vocab_size"])
+    if source.make_tokenizer is None:
+        return vocabulary(source.folder, size)
+    with tempfile.TemporaryDirectory() as folder:
+        source.make_tokenizer().save_pretrained(folder)
+        return vocabulary(Path(folder), size)
+
+
+def _encode(
+    rows: Rows,
+    options: Options,
+    name: str,
+    tensor: Tensor | QuantizedTensor,
+    verdict: Verdict | None,
+) -> dict[str, Tensor]:
+    theirs = to_gguf(name)
+    assert theirs is not None
+    ordered = rows.to_file(name, tensor)
+    if isinstance(ordered, QuantizedTensor):
+        assert verdict is not None
+        try:
+            return {theirs: _encode_blocks(BLOCKS[verdict.stored], ordered)}
+        except ValueError as error:
+            raise RefusedError(f"{module_of(name)}: {error}; native holds it.") from error
+    if name in EMBEDDINGS and options.embeddings in _ROUNDED:
+        step = max(1, ROWS // ordered.shape[1])
+        starts = range(0, ordered.shape[0], step)
+        rounded = [_ROUNDED[options.embeddings](ordered[i : i + step]) for i in starts]
+        return {theirs: torch.cat(rounded)}
+    dtype = _dense_dtype(name, ordered.dtype, tuple(ordered.shape), options)
+    stored = ordered.to(dtype)
+    if not options.allow_lossy and not torch.equal(stored.to(ordered.dtype), ordered):
+        raise RefusedError(
+            f"{name} does not fit {dtype} exactly; --allow-lossy rounds it.".replace("torch.", "")
+        )
+    return {theirs: stored}
+
+
+def _encode_blocks(block: Block, tensor: QuantizedTensor) -> Tensor:
+    out, inputs = tensor.shape
+    blocks = inputs // block.size
+    per_group = blocks // tensor.scales.shape[1]
+    data = torch.empty(out, blocks, block.bytes, dtype=torch.uint8)
+    step = max(1, ROWS // inputs)
+    for first in range(0, out, step):
+        part = slice(first, first + step)
+        scales = tensor.scales[part].repeat_interleave(per_group, 1)
+        zeros = None if tensor.zeros is None else tensor.zeros[part]
+        spread = None if zeros is None else zeros.repeat_interleave(per_group, 1)
+        codes = tensor.codes[part].view(-1, blocks, block.size)
+        data[part] = block.encode(tensor.scheme.grid, codes, scales, spread)
+    return data
+
+
+def _reopen(rows: Rows, folder: Path) -> ReadBack:
+    file = GgufFile(folder / _FILE)
+
+    def read_back(name: str, _: Entry, verdict: Verdict | None) -> Tensor | QuantizedTensor:
+        info = file.tensors[to_gguf(name) or name]
+        known = None
+        if verdict is not None and verdict.holder is not None and verdict.stored != "Q4_1":
+            known = verdict.holder, (info.shape[0], info.shape[1])
+        return entry_of(file, name, info, rows, known).load()
+
+    return read_back
+
+
+def _checked_config(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
+    """The config.json beside a file, once the file's metadata says the same."""
+    for key, value in hparams(config).items():
+        if key in file and file.raw(key) != value.encode():
+            raise CheckpointError(
+                f"{file.path} and the config.json beside it differ in {key}; remove the one that "
+                "does not belong."
+            )
+    return config

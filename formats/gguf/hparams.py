@@ -1,0 +1,239 @@
+"""Hyper-parameters: config.json as GGUF metadata, and back."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qexport.errors import CheckpointError, RefusedError
+from qexport.formats.gguf.container import GgufFile, Value
+from qexport.formats.gguf.names import FAMILIES, Family, Rows
+
+__all__ = ["config_of", "family_of", "hparams", "rope_tensors", "rows_of"]
+
+_FACTOR_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+
+def family_of(config: dict[str, Any]) -> Family:
+    """The family of a config.json. Raises RefusedError for one that GGUF is not written for."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is None:
+        raise RefusedError(
+            f"gguf is written for the families {', '.join(FAMILIES)}, and this is "
+            f"{config.get('model_type')!r}; native holds it."
+        )
+    return family
+
+
+def rows_of(config: dict[str, Any]) -> Rows:
+    """How q and k of a config's family are ordered in a file."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is None or not family.permuted:
+        return Rows()
+    heads = _whole(config, "num_attention_heads")
+    return Rows(heads, _whole(config, "num_key_value_heads", heads))
+
+
+def hparams(config: dict[str, Any]) -> dict[str, Value]:
+    """The metadata that llama.cpp builds a model from. Raises RefusedError for what it lacks."""
+    arch = family_of(config).arch
+    heads, hidden = _whole(config, "num_attention_heads"), _whole(config, "hidden_size")
+    head_dim = _whole(config, "head_dim", hidden // heads)
+    values = {
+        "context_length": Value("u32", _whole(config, "max_position_embeddings")),
+        "embedding_length": Value("u32", hidden),
+        "block_count": Value("u32", _whole(config, "num_hidden_layers")),
+        "feed_forward_length": Value("u32", _whole(config, "intermediate_size")),
+        "attention.head_count": Value("u32", heads),
+        "attention.head_count_kv": Value("u32", _whole(config, "num_key_value_heads", heads)),
+        "attention.layer_norm_rms_epsilon": Value("f32", _number(config, "rms_norm_eps")),
+        "attention.key_length": Value("u32", head_dim),
+        "attention.value_length": Value("u32", head_dim),
+        "rope.dimension_count": Value("u32", head_dim),
+        "rope.freq_base": Value("f32", float(_rope(config).get("rope_theta", 10000.0))),
+        "vocab_size": Value("u32", _whole(config, "vocab_size")),
+        **_rope_scaling(config),
+    }
+    if arch == "minicpm":
+        depth = _number(config, "scale_depth") / math.sqrt(_whole(config, "num_hidden_layers"))
+        values["embedding_scale"] = Value("f32", _number(config, "scale_emb"))
+        values["residual_scale"] = Value("f32", depth)
+        values["logit_scale"] = Value("f32", hidden / _number(config, "dim_model_base"))
+    return {f"{arch}.{key}": value for key, value in values.items()}
+
+
+def rope_tensors(config: dict[str, Any]) -> dict[str, Tensor]:
+    """Tensors of factors that scale rotary frequencies, by their names in GGUF."""
+    rope = _rope(config)
+    kind = rope.get("rope_type", "default")
+    if kind == "llama3":
+        return {"rope_freqs.weight": _llama3_factors(config, rope)}
+    if kind == "longrope":
+        return {
+            f"rope_factors_{length}.weight": torch.tensor(rope[f"{length}_factor"]).float()
+            for length in ("long", "short")
+        }
+    return {}
+
+
+def config_of(file: GgufFile) -> dict[str, Any]:
+    """A config.json for a file of llama.cpp's. Raises CheckpointError for one not known here."""
+    arch = file.text("general.architecture")
+    family = next((f for f in FAMILIES.values() if f.arch == arch), None)
+    known = sorted({f.arch for f in FAMILIES.values()})
+    if family is None:
+        raise CheckpointError(
+            f"{file.path} is of the architecture {arch[:60]!r}; {', '.join(known)} are read."
+        )
+    heads = _size(file, f"{arch}.attention.head_count")
+    hidden = _size(file, f"{arch}.embedding_length")
+    layers = _size(file, f"{arch}.block_count")
+    config: dict[str, Any] = {
+        "architectures": [family.model_class],
+        "model_type": family.model_type,
+        "hidden_size": hidden,
+        "intermediate_size": _size(file, f"{arch}.feed_forward_length"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": _size(file, f"{arch}.attention.head_count_kv", heads),
+        "head_dim": _size(file, f"{arch}.attention.key_length", hidden // heads),
+        "max_position_embeddings": _size(file, f"{arch}.context_length"),
+        "rms_norm_eps": file.number(f"{arch}.attention.layer_norm_rms_epsilon"),
+        "hidden_act": "silu",
+        "vocab_size": _vocab_size(file, arch),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "rope_parameters": _rope_of(file, arch),
+        "dtype": "float32",
+    }
+    if family.model_type == "llama":
+        config["attention_bias"] = "blk.0.attn_output.bias" in file.tensors
+        config["mlp_bias"] = "blk.0.ffn_down.bias" in file.tensors
+    if arch == "minicpm":
+        config["scale_emb"] = file.number("minicpm.embedding_scale")
+        config["scale_depth"] = file.number("minicpm.residual_scale") * math.sqrt(layers)
+        config["dim_model_base"] = hidden / file.number("minicpm.logit_scale")
+    for token in ("bos", "eos"):
+        key = f"tokenizer.ggml.{token}_token_id"
+        if key in file:
+            config[f"{token}_token_id"] = file.integer(key)
+    _check_factors(file, config)
+    return config
+
+
+def _vocab_size(file: GgufFile, arch: str) -> int:
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise file.damaged("it has no token_embd.weight")
+    return _size(file, f"{arch}.vocab_size", embedding.shape[0])
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """Rotary parameters from either place that transformers has kept them in."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
+    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
+    return rope
+
+
+def _rope_scaling(config: dict[str, Any]) -> dict[str, Value]:
+    rope = _rope(config)
+    kind = rope["rope_type"]
+    if kind in ("default", "llama3"):
+        return {}
+    if kind in ("linear", "yarn"):
+        values = {
+            "rope.scaling.type": Value("str", kind),
+            "rope.scaling.factor": Value("f32", float(rope["factor"])),
+        }
+        if kind == "yarn":
+            original = rope.get("original_max_position_embeddings")
+            length = Value("u32", int(original or _whole(config, "max_position_embeddings")))
+            values["rope.scaling.original_context_length"] = length
+        return values
+    if kind == "longrope":
+        original = rope.get("original_max_position_embeddings") or config.get(
+            "original_max_position_embeddings"
+        )
+        length = Value("u32", int(original or _whole(config, "max_position_embeddings")))
+        return {"rope.scaling.original_context_length": length}
+    raise RefusedError(f"gguf has no rotary scaling of type {kind!r}; native holds the model.")
+
+
+def _rope_of(file: GgufFile, arch: str) -> dict[str, Any]:
+    rope: dict[str, Any] = {
+        "rope_theta": file.number(f"{arch}.rope.freq_base", 10000.0),
+        "rope_type": file.text(f"{arch}.rope.scaling.type", "default"),
+    }
+    if rope["rope_type"] in ("none", "default"):
+        rope["rope_type"] = "default"
+        return rope
+    if rope["rope_type"] not in ("linear", "yarn"):
+        raise CheckpointError(f"{file.path}: rotary scaling {rope['rope_type']!r} is not read.")
+    rope["factor"] = file.number(f"{arch}.rope.scaling.factor", 1.0)
+    key = f"{arch}.rope.scaling.original_context_length"
+    if key in file:
+        rope["original_max_position_embeddings"] = file.integer(key)
+    return rope
+
+
+def _check_factors(file: GgufFile, config: dict[str, Any]) -> None:
+    """Recognise Llama 3's rotary factors; refuse others, which config.json would have to say."""
+    present = [name for name in _FACTOR_TENSORS if name in file.tensors]
+    if not present:
+        return
+    if present == ["rope_freqs.weight"] and file.tensors[present[0]].type == 0:
+        count = math.prod(file.tensors[present[0]].shape)
+        found = torch.from_numpy(file.data(present[0], count * 4).view("<f4").copy())
+        rope = {
+            **config["rope_parameters"],
+            "rope_type": "llama3",
+            "factor": float(found.max()),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+        if count == config["head_dim"] // 2 and torch.allclose(
+            found, _llama3_factors(config, rope), rtol=1e-5
+        ):
+            config["rope_parameters"] = rope
+            return
+    raise CheckpointError(
+        f"{file.path} has rotary factors that its metadata does not explain; put the model's "
+        "config.json beside it, alone in a folder."
+    )
+
+
+def _llama3_factors(config: dict[str, Any], rope: dict[str, Any]) -> Tensor:
+    """What Llama 3.1 divides each rotary frequency by (transformers, `rope_type: llama3`)."""
+    heads, hidden = _whole(config, "num_attention_heads"), _whole(config, "hidden_size")
+    dim = _whole(config, "head_dim", hidden // heads)
+    theta, factor = float(rope["rope_theta"]), float(rope["factor"])
+    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    original = int(rope["original_max_position_embeddings"])
+    frequencies = 1.0 / theta ** (torch.arange(0, dim, 2).float() / dim)
+    turns = original * frequencies / (2 * math.pi)
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return 1 / ((1 - smooth) / factor + smooth)
+
+
+def _whole(config: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if type(value) is not int or value <= 0:
+        raise CheckpointError(f"config.json has {key} {value!r}, and a whole number is wanted.")
+    return value
+
+
+def _number(config: dict[str, Any], key: str) -> float:
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise CheckpointError(f"config.json has {key} {value!r}, and a number is wanted.")
+    return float(value)
+
+
+def _size(file: GgufFile, key: str, default: int | None = None) -> int:
+    value = file.integer(key, default)
+    if not 0 < value < 2**31:
+        raise file.damaged(f"{key} is {value}")
+    return value
