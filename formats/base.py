@@ -74,7 +74,7 @@ class Verdict:
         if self.stored != self.holder.grid.name:
             how = f"{how} in {self.stored}"
         kind = "exact" if self.exact else f"rounded by at most {self.bound:g} ulp"
-        return f"{how}, {kind}, {self.bits_per_weight:.4g} bits per weight"
+        return f"{how}, {kind}"
 
 
 Plan = Mapping[str, Verdict]  # by module; none of them a refusal

@@ -229,9 +229,17 @@ def _holders(scheme: Scheme, shape: tuple[int, int]) -> list[str]:
 
 
 def holdings(source: Checkpoint, verdicts: Plan) -> list[str]:
-    """How each scheme of the source is held, a phrase each."""
-    modules = source.modules
-    return sorted({v.describe(modules[module][0]) for module, v in verdicts.items()})
+    """How each scheme of the source is held, a phrase each with the bits that it comes to."""
+    totals: dict[str, tuple[float, int]] = {}
+    for module, (scheme, (out, inputs)) in source.modules.items():
+        phrase = verdicts[module].describe(scheme)
+        stored, weights = totals.get(phrase, (0.0, 0))
+        stored += verdicts[module].bits_per_weight * out * inputs
+        totals[phrase] = stored, weights + out * inputs
+    return sorted(
+        f"{phrase}, {stored / weights:.4g} bits per weight"
+        for phrase, (stored, weights) in totals.items()
+    )
 
 
 def _verdicts(source: Checkpoint, verdicts: Plan) -> list[dict[str, Any]]:

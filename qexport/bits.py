@@ -34,10 +34,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes.clone()
     rows, n = codes.shape
-    out = torch.empty(rows, packed_bytes(n, bits), dtype=torch.uint8)
+    out = torch.empty(rows, packed_bytes(n, bits), dtype=torch.uint8, device=codes.device)
     for part in _row_chunks(rows, n):
-        block = torch.nn.functional.pad(codes[part], (0, -n % 8)).contiguous()
-        lanes = block.view(torch.int64)
+        block = torch.nn.functional.pad(codes[part], (0, -n % 8))
+        # flattened first: a side of 1 may have any stride, which `view` would trip over
+        lanes = block.reshape(-1).view(torch.int64).view(block.shape[0], -1)
         for step in (1, 2, 4):
             lanes = _gather(lanes, step * bits, 8 * step)
         out[part] = _narrow(lanes, bits)[:, : out.shape[1]]
@@ -55,10 +56,10 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     if bits == 8:
         return packed.clone()
     rows = packed.shape[0]
-    out = torch.empty(rows, count, dtype=torch.uint8)
+    out = torch.empty(rows, count, dtype=torch.uint8, device=packed.device)
     for part in _row_chunks(rows, count):
         block = torch.nn.functional.pad(packed[part], (0, -packed.shape[1] % bits))
-        lanes = _widen(block.contiguous(), bits)
+        lanes = _widen(block.reshape(-1).view(block.shape), bits)
         for step in (4, 2, 1):
             lanes = _scatter(lanes, step * bits, 8 * step)
         out[part] = lanes.view(torch.uint8)[:, :count]
@@ -95,7 +96,7 @@ def _narrow(lanes: Tensor, bits: int) -> Tensor:
     rows, n = lanes.shape
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(bits)
     if whole is not None:
-        lowest = torch.empty(rows, n, dtype=whole)
+        lowest = torch.empty(rows, n, dtype=whole, device=lanes.device)
         return lowest.copy_(lanes.view(whole)[:, :: 8 // bits]).view(torch.uint8)
     return lanes.view(torch.uint8).view(rows, n, 8)[:, :, :bits].reshape(rows, n * bits)
 
@@ -103,7 +104,7 @@ def _narrow(lanes: Tensor, bits: int) -> Tensor:
 def _widen(packed: Tensor, bits: int) -> Tensor:
     """Undo `_narrow`, with zeros in the high bytes."""
     rows, width = packed.shape
-    lanes = torch.zeros(rows, width // bits, dtype=torch.int64)
+    lanes = torch.zeros(rows, width // bits, dtype=torch.int64, device=packed.device)
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(bits)
     if whole is not None:
         lanes.view(whole)[:, :: 8 // bits] = packed.view(whole)

@@ -48,7 +48,7 @@ def _write_tokenizer(folder: Path) -> None:
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])

@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "Train a model on a low-bit grid (ParetoQ QAT) into a RUN.",
     "pack": "Write a RUN in a format that engines read, and verify it.",
     "verify": "Prove that a packed checkpoint is, bit for bit, its source.",
+    "formats": "Show how every format holds every grid, and at how many bits.",
     "inspect": "Show schemes, bits per weight and sizes of any checkpoint.",
     "eval": "Measure perplexity, and divergence from a reference.",
     "generate": "Continue a prompt.",

@@ -16,7 +16,8 @@ from qexport.formats.pack import pack
 from qexport.grid import GRIDS, Scheme
 from qexport.tensor import QuantizedTensor
 from tests.conftest import WIDTHS, Runs
-from tests.formats.test_native import checkpoint, numpy_file, tensor
+from tests.formats.models import checkpoint, tensor
+from tests.formats.test_native import numpy_file
 
 GRID_BITS = {"int2": 2, "uint2": 2, "int3": 3, "uint3": 3, "int4": 4, "uint4": 4, "int8": 8}
 

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file
 
-from qexport.checkpoint import Checkpoint, Entry, open_source
+from qexport.checkpoint import open_source
 from qexport.errors import CheckpointError
 from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.pack import pack
 from qexport.grid import GRIDS, Scheme
-from qexport.tensor import QuantizedTensor, portable
+from qexport.tensor import QuantizedTensor
 from tests.conftest import WIDTHS, Runs
+from tests.formats.models import checkpoint, tensor
 
 NATIVE = FORMATS["native"]
 
@@ -63,33 +64,6 @@ def test_every_width_decodes_by_the_specification(
     for module in source.modules:
         expected = source.quantized(f"{module}.weight").dequantize().numpy()
         assert np.array_equal(spec_decode(tmp_path / "out", module), expected)
-
-
-def tensor(grid: str, out: int, inputs: int, group: int | None, seed: int = 0) -> QuantizedTensor:
-    generator = torch.Generator().manual_seed(seed)
-    scheme = Scheme(GRIDS[grid], group)
-    groups = scheme.groups(inputs)
-    levels = scheme.grid.levels
-    codes = torch.randint(0, levels, (out, inputs), generator=generator).to(torch.uint8)
-    scales = portable(torch.rand(out, groups, generator=generator) + 0.01).half()
-    zeros = None
-    if not scheme.symmetric:
-        zeros = torch.randint(0, levels, (out, groups), generator=generator).to(torch.uint8)
-    return QuantizedTensor(codes, scales, scheme, zeros)
-
-
-def checkpoint(folder: Path, tensors: dict[str, QuantizedTensor | torch.Tensor]) -> Checkpoint:
-    """A checkpoint of given tensors, as a source to pack."""
-    entries = {
-        name: Entry(
-            tuple(t.shape),
-            torch.float16,
-            lambda t=t: t,  # type: ignore[misc]
-            t.scheme if isinstance(t, QuantizedTensor) else None,
-        )
-        for name, t in tensors.items()
-    }
-    return Checkpoint(folder, "test", {"model_type": "llama"}, entries)
 
 
 @pytest.mark.parametrize("shape", [(3, 7, None), (5, 33, 11), (1, 1, None), (2, 64, 16)])

@@ -1,0 +1,107 @@
+"""transformers reads and writes the native format once this module is imported.
+
+    import qexport.hf
+    model = AutoModelForCausalLM.from_pretrained("packed")   # qexport pack --format native
+    model.save_pretrained("copy")                            # the same bytes again
+
+Every quantized linear layer keeps its packed codes and dequantizes them when it is called, by the
+project's one definition. transformers has no entry points: without the import it logs a warning
+and fills the layers with random numbers.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qexport import bits
+from qexport.checkpoint import modules_from_json
+from qexport.errors import CheckpointError
+from qexport.grid import Scheme
+from qexport.tensor import QuantizedTensor
+
+__all__ = ["PackedLinear", "QexportConfig", "QexportQuantizer"]
+
+
+@register_quantization_config("qexport")
+class QexportConfig(QuantizationConfigMixin):
+    """`quantization_config` of a native checkpoint, field for field as in formats/SPEC.md."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.quant_method = "qexport"
+        self.format = fields.get("format")
+        self.version = fields.get("version")
+        self.config_groups = fields.get("config_groups")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields in the order of the specification."""
+        return dict(self.__dict__)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer of a native checkpoint: `qweight`, `scales` and perhaps `zeros`, `bias`."""
+
+    qweight: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+
+    def __init__(self, scheme: Scheme, shape: tuple[int, int], bias: bool) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.out_features, self.in_features = shape
+        groups = (shape[0], scheme.groups(shape[1]))
+        row = bits.packed_bytes(shape[1], scheme.grid.bits)
+        self.register_buffer("qweight", torch.empty(shape[0], row, dtype=torch.uint8))
+        self.register_buffer("scales", torch.empty(groups, dtype=scheme.scale_dtype))
+        zeros = None if scheme.symmetric else torch.empty(groups, dtype=torch.uint8)
+        self.register_buffer("zeros", zeros)
+        self.bias = nn.Parameter(torch.empty(shape[0])) if bias else None
+
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
+        """The dequantized weight [out, in]."""
+        codes = bits.unpack(self.qweight, self.scheme.grid.bits, self.in_features)
+        scales = self.scales.to(self.scheme.scale_dtype)
+        return QuantizedTensor(codes, scales, self.scheme, self.zeros).dequantize(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [..., in] times the weight, in the dtype of `x`."""
+        return nn.functional.linear(x, self.weight_in(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.scheme}"
+
+
+@register_quantizer("qexport")
+class QexportQuantizer(HfQuantizer):
+    """Puts PackedLinear where the checkpoint has quantized modules."""
+
+    requires_calibration = True  # loads what is quantized, and quantizes nothing itself
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+        config = self.quantization_config.to_dict()
+        if config.get("format") != "native":
+            raise CheckpointError(
+                "a RUN holds latent weights; qexport pack --format native makes of it what "
+                "from_pretrained loads."
+            )
+        for name, (scheme, shape) in modules_from_json(config).items():
+            linear = model.get_submodule(name)
+            if tuple(linear.weight.shape) != shape:
+                raise CheckpointError(
+                    f"{name} is {list(shape)} and the model has {list(linear.weight.shape)}."
+                )
+            with torch.device("meta"):
+                packed = PackedLinear(scheme, shape, linear.bias is not None)
+            model.set_submodule(name, packed)
+
+    def is_serializable(self) -> bool:
+        """Packed buffers are saved as they are."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codes have no gradient."""
+        return False
