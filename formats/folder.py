@@ -150,6 +150,11 @@ class FolderFormat(Format):
         self, name: str, tensor: Tensor | QuantizedTensor, verdict: Verdict | None
     ) -> dict[str, Tensor]:
         if isinstance(tensor, QuantizedTensor):
+            if bool((tensor.scales == 0).any()):
+                raise RefusedError(
+                    f"{module_of(name)} has groups of scale zero, as llama.cpp writes for blocks of "
+                    f"zeros; readers of {self.name} take that for damage, and gguf holds it."
+                )
             return self.encode_parts(module_of(name), tensor)
         return {name: tensor}
 

@@ -96,9 +96,7 @@ def atomic_folder(target: Path, kind: str) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
-        raise QexportError(
-            f"{target} cannot be created ({error.strerror}); choose another -o."
-        ) from error
+        raise _cannot_create(target, error) from error
     try:
         temporary.chmod(0o755)
         with disk_errors(target):
@@ -120,24 +118,30 @@ def resumable_folder(target: Path, kind: str, fingerprint: str) -> Iterator[Path
     check_writable(target, kind)
     target = target.absolute()
     working = target.with_name(f".{target.name}.packing")
-    with disk_errors(target):
+    try:
         working.mkdir(parents=True, exist_ok=True)
-        with (working / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(
-                    f"another qexport is writing {target}; wait for it or choose another -o."
-                ) from error
-            try:
-                _begin(working, fingerprint)
-                yield working
-                for hidden in working.glob(".*"):
-                    hidden.unlink()
-                replace_folder(working, target)
-            except (Exception, KeyboardInterrupt):
-                shutil.rmtree(working, ignore_errors=True)
-                raise
+    except OSError as error:
+        raise _cannot_create(target, error) from error
+    with disk_errors(target), (working / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"another qexport is writing {target}; wait for it or choose another -o."
+            ) from error
+        try:
+            _begin(working, fingerprint)
+            yield working
+            for hidden in working.glob(".*"):
+                hidden.unlink()
+            replace_folder(working, target)
+        except (Exception, KeyboardInterrupt):
+            shutil.rmtree(working, ignore_errors=True)
+            raise
+
+
+def _cannot_create(target: Path, error: OSError) -> QexportError:
+    return QexportError(f"{target} cannot be created ({error.strerror}); choose another -o.")
 
 
 def _begin(working: Path, fingerprint: str) -> None:

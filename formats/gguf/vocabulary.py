@@ -230,7 +230,8 @@ def _byte_level(file: GgufFile, tokens: list[str]) -> "Tokenizer":
 
     pre = file.text("tokenizer.ggml.pre", "gpt-2")
     merges = []
-    for merge in file.strings("tokenizer.ggml.merges"):
+    key = "tokenizer.ggml.merges"
+    for merge in file.strings(key) if key in file else []:  # gguf-py leaves out an empty list
         left, _, right = merge.partition(" ")
         merges.append((left, right))
     vocab = {token: index for index, token in enumerate(tokens)}
