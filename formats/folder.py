@@ -152,8 +152,8 @@ class FolderFormat(Format):
         if isinstance(tensor, QuantizedTensor):
             if bool((tensor.scales == 0).any()):
                 raise RefusedError(
-                    f"{module_of(name)} has groups of scale zero, as llama.cpp writes for blocks of "
-                    f"zeros; readers of {self.name} take that for damage, and gguf holds it."
+                    f"{module_of(name)} has groups of scale zero, as llama.cpp writes for blocks "
+                    f"of zeros; readers of {self.name} take that for damage, and gguf holds it."
                 )
             return self.encode_parts(module_of(name), tensor)
         return {name: tensor}

