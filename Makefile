@@ -39,4 +39,5 @@ oracle: .venv-oracle/.ready
 
 bench: setup
 	$(BIN)/python -m benchmarks.fake_quant
-	$(BIN)/python -m benchmarks.pack
+	$(BIN)/python -m benchmarks.bits
+	$(BIN)/python benchmarks/pack.py

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qexport.checkpoint import Checkpoint, module_of
 from qexport.errors import InputError, RefusedError, VerificationError
-from qexport.formats.base import Format, Layout, Options, Plan, Verdict
+from qexport.formats.base import Format, Layout, Options, Plan, ReadBack, Verdict
 from qexport.formats.card import model_card
 from qexport.formats.registry import FORMATS, open_checkpoint
 from qexport.formats.verify import Verification, compare, compare_rest
@@ -120,17 +120,31 @@ def _write(
         for name, entry in source.entries.items():
             if name in journal.records:
                 continue
-            tensor: Stored = source[name]
-            digest = hasher.submit(_hash, tensor)
             verdict = verdicts.get(module_of(name)) if entry.scheme else None
-            held: Stored = tensor if verdict is None else _recode(tensor, verdict, name)
-            parts = layout.encode(name, held, verdict)
-            size = sum(writer.write(part, value) for part, value in parts.items())
-            counts = compare(name, tensor, read_back(name, entry, verdict))
-            record = {"sha256": digest.result(), "bytes": size, "counts": asdict(counts)}
+            record = _write_one(name, verdict, source, layout, writer, hasher, read_back)
             journal.add(name, record)
         journal.flush()
         return journal.records
+
+
+def _write_one(
+    name: str,
+    verdict: Verdict | None,
+    source: Checkpoint,
+    layout: Layout,
+    writer: FileWriter,
+    hasher: ThreadPoolExecutor,
+    read_back: ReadBack,
+) -> dict[str, Any]:
+    """Put one tensor at its place and compare what is there; nothing of it stays in memory."""
+    tensor = source[name]
+    digest = hasher.submit(_hash, tensor)
+    held: Stored = tensor if verdict is None else _recode(tensor, verdict, name)
+    parts = layout.encode(name, held, verdict)
+    size = sum(writer.write(part, value) for part, value in parts.items())
+    del held, parts
+    counts = compare(name, tensor, read_back(name, source.entries[name], verdict))
+    return {"sha256": digest.result(), "bytes": size, "counts": asdict(counts)}
 
 
 class _Journal:

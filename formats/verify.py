@@ -173,10 +173,10 @@ def _compare_quantized(
     recoded = _recoded(mine, theirs)
     if recoded is None:
         report.differing_codes = mine.codes.numel()
-    else:
+    elif not torch.equal(recoded.codes, theirs.codes):
         report.differing_codes = int((recoded.codes != theirs.codes).sum())
-        if mine.scheme == theirs.scheme and _same(recoded, theirs):
-            return
+    elif mine.scheme == theirs.scheme and _same(recoded, theirs):
+        return
     step = max(1, _CHUNK // mine.shape[1])
     for first in range(0, mine.shape[0], step):
         part = slice(first, first + step)
@@ -194,8 +194,8 @@ def _recoded(mine: QuantizedTensor, theirs: QuantizedTensor) -> QuantizedTensor 
 
 
 def _same(mine: QuantizedTensor, theirs: QuantizedTensor) -> bool:
-    """Whether two tensors of one scheme are the same to the bit."""
-    if not torch.equal(mine.codes, theirs.codes) or _differing_bits(mine.scales, theirs.scales):
+    """Whether two tensors of one scheme and the same codes are the same to the bit."""
+    if _differing_bits(mine.scales, theirs.scales):
         return False
     return mine.zeros is theirs.zeros or (
         mine.zeros is not None

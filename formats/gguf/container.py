@@ -153,11 +153,11 @@ class GgufFile:
         return self._typed(key, (np.ndarray,), None)  # type: ignore[no-any-return]
 
     def data(self, name: str, size: int) -> NDArray[np.uint8]:
-        """`size` bytes of a tensor, mapped."""
+        """`size` bytes of a tensor, mapped; what one writes into them stays in memory."""
         info = self.tensors[name]
         if size > self.size - info.offset:
             raise self.damaged(f"{name} wants {size} bytes and the file ends before")
-        return np.memmap(self.path, np.uint8, "r", info.offset, size)
+        return np.memmap(self.path, np.uint8, "c", info.offset, size)
 
     def damaged(self, why: str) -> CheckpointError:
         return CheckpointError(f"{self.path} is no sound GGUF file: {why}; fetch it again.")

@@ -85,7 +85,7 @@ def _natural(block: Block) -> Scheme | None:
 def _load_dense(
     file: GgufFile, name: str, shape: tuple[int, ...], dtype: torch.dtype, rows: Rows, size: int
 ) -> Tensor:
-    data = torch.from_numpy(file.data(to_gguf(name) or name, size).copy())
+    data = torch.from_numpy(file.data(to_gguf(name) or name, size))
     tensor = rows.from_file(name, data.view(dtype).view(shape))
     assert isinstance(tensor, Tensor)
     return tensor
@@ -101,7 +101,7 @@ def _decoded(file: GgufFile, name: str, block: Block, shape: tuple[int, int]) ->
     for first in range(0, out, step):
         last = min(first + step, out)
         chunk = data[first * blocks * block.bytes : last * blocks * block.bytes]
-        raw = torch.from_numpy(chunk.copy()).view(last - first, blocks, block.bytes)
+        raw = torch.from_numpy(chunk).view(last - first, blocks, block.bytes)
         decoded = block.decode(raw)
         if not bool(decoded.step.isfinite().all()):
             raise file.damaged(f"{name} has a scale that is not finite")

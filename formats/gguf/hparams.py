@@ -51,7 +51,7 @@ def hparams(config: dict[str, Any]) -> dict[str, Value]:
         "attention.key_length": Value("u32", head_dim),
         "attention.value_length": Value("u32", head_dim),
         "rope.dimension_count": Value("u32", head_dim),
-        "rope.freq_base": Value("f32", float(_rope(config).get("rope_theta", 10000.0))),
+        "rope.freq_base": Value("f32", _finite("rope_theta", _rope(config)["rope_theta"])),
         "vocab_size": Value("u32", _whole(config, "vocab_size")),
         **_rope_scaling(config),
     }
@@ -130,7 +130,10 @@ def _vocab_size(file: GgufFile, arch: str) -> int:
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
     """Rotary parameters from either place that transformers has kept them in."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(found, dict):
+        raise CheckpointError(f"config.json has the rotary parameters {found!r}.")
+    rope = dict(found)
     rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
     rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
     return rope
@@ -144,20 +147,20 @@ def _rope_scaling(config: dict[str, Any]) -> dict[str, Value]:
     if kind in ("linear", "yarn"):
         values = {
             "rope.scaling.type": Value("str", kind),
-            "rope.scaling.factor": Value("f32", float(rope["factor"])),
+            "rope.scaling.factor": Value("f32", _finite("factor", rope.get("factor"))),
         }
         if kind == "yarn":
-            original = rope.get("original_max_position_embeddings")
-            length = Value("u32", int(original or _whole(config, "max_position_embeddings")))
-            values["rope.scaling.original_context_length"] = length
+            values["rope.scaling.original_context_length"] = _original_length(config, rope)
         return values
     if kind == "longrope":
-        original = rope.get("original_max_position_embeddings") or config.get(
-            "original_max_position_embeddings"
-        )
-        length = Value("u32", int(original or _whole(config, "max_position_embeddings")))
-        return {"rope.scaling.original_context_length": length}
+        return {"rope.scaling.original_context_length": _original_length(config, rope)}
     raise RefusedError(f"gguf has no rotary scaling of type {kind!r}; native holds the model.")
+
+
+def _original_length(config: dict[str, Any], rope: dict[str, Any]) -> Value:
+    key = "original_max_position_embeddings"
+    known = {**config, **{k: v for k, v in rope.items() if v is not None}}
+    return Value("u32", _whole(known, key, _whole(config, "max_position_embeddings")))
 
 
 def _rope_of(file: GgufFile, arch: str) -> dict[str, Any]:
@@ -220,14 +223,18 @@ def _llama3_factors(config: dict[str, Any], rope: dict[str, Any]) -> Tensor:
 def _whole(config: dict[str, Any], key: str, default: int | None = None) -> int:
     value = config.get(key)
     value = default if value is None else value
-    if type(value) is not int or value <= 0:
+    if type(value) is not int or not 0 < value < 2**31:
         raise CheckpointError(f"config.json has {key} {value!r}, and a whole number is wanted.")
     return value
 
 
 def _number(config: dict[str, Any], key: str) -> float:
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    return _finite(key, config.get(key))
+
+
+def _finite(key: str, value: Any) -> float:
+    """A number that a float32 holds."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 3e38:
         raise CheckpointError(f"config.json has {key} {value!r}, and a number is wanted.")
     return float(value)
 
