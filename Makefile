@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check fmt test-gpu bench oracle
+.PHONY: setup demo test check fmt test-gpu bench fuzz oracle
 
 setup: .venv/.ready
 
@@ -36,6 +36,10 @@ oracle: .venv-oracle/.ready
 
 .venv-oracle/.ready: tests/oracle/install.py constraints.txt
 	$(PYTHON) tests/oracle/install.py
+
+# 200,000 mutated checkpoints against every reader; twenty minutes on one core.
+fuzz: setup
+	$(BIN)/python -m tests.fuzz --count 200000
 
 bench: setup
 	$(BIN)/python -m benchmarks.fake_quant

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qexport.checkpoint import Checkpoint, Modules, checked_scales
 from qexport.errors import CheckpointError
-from qexport.formats.folder import FolderFormat, dense_linears, single_scheme
+from qexport.formats.folder import FolderFormat, dense_linears, group_size_of, single_scheme
 from qexport.formats.words import from_words, in_words, is_float
 from qexport.grid import UINT4, Scheme
 from qexport.shards import Parts, ShardReader
@@ -85,7 +85,8 @@ class Awq(FolderFormat):
         for name in reader:
             if name.endswith(".qweight"):
                 module = name.removesuffix(".qweight")
-                modules[module] = _scheme(reader, module)
+                stated = quantization.get("group_size", quantization.get("q_group_size"))
+                modules[module] = _scheme(reader, module, stated)
         return modules
 
     def decode(
@@ -97,7 +98,7 @@ class Awq(FolderFormat):
         return QuantizedTensor(codes, scales, scheme, zeros)
 
 
-def _scheme(reader: ShardReader, module: str) -> tuple[Scheme, tuple[int, int]]:
+def _scheme(reader: ShardReader, module: str, stated: object) -> tuple[Scheme, tuple[int, int]]:
     inputs, lanes = (*reader.shape(f"{module}.qweight"), 0, 0)[:2]
     groups = (*reader.shape(f"{module}.scales"), 0)[0]
     if not inputs or not lanes or not groups or inputs % groups:
@@ -106,7 +107,7 @@ def _scheme(reader: ShardReader, module: str) -> tuple[Scheme, tuple[int, int]]:
             f"{groups} groups, which is no AWQ layer."
         )
     dtype = is_float(reader, f"{module}.scales")
-    group_size = None if groups == 1 else inputs // groups
+    group_size = group_size_of(reader, module, inputs, groups, stated)
     return Scheme(UINT4, group_size, dtype), (inputs, lanes * _LANES)[::-1]
 
 

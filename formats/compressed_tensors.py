@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qexport.checkpoint import Checkpoint, Modules, checked_scales
 from qexport.errors import CheckpointError
-from qexport.formats.folder import FolderFormat, dense_linears
+from qexport.formats.folder import FolderFormat, dense_linears, group_size_of
 from qexport.formats.words import from_words, in_words, is_float, words
 from qexport.grid import INT2, INT3, INT4, INT8, UINT2, UINT3, UINT4, UINT8, Grid, Scheme
 from qexport.shards import Parts, ShardReader
@@ -130,10 +130,9 @@ class CompressedTensors(FolderFormat):
             )
         out, inputs = self._shape(reader, module)
         groups = (*reader.shape(f"{module}.weight_scale"), 0, 0)[1]
-        if not groups or inputs % groups:
-            raise CheckpointError(f"{reader.folder}: {module} has {groups} groups of {inputs}.")
         dtype = is_float(reader, f"{module}.weight_scale")
-        group_size = None if groups == 1 else inputs // groups
+        stated = weights.get("group_size") if weights.get("strategy") == "group" else -1
+        group_size = group_size_of(reader, module, inputs, groups, stated)
         return Scheme(grids[width], group_size, dtype), (out, inputs)
 
     def _shape(self, reader: ShardReader, module: str) -> tuple[int, int]:

@@ -22,13 +22,13 @@ from qexport.checkpoint import (
     quantization_of,
     read_config,
 )
-from qexport.errors import RefusedError
+from qexport.errors import CheckpointError, RefusedError
 from qexport.formats.base import Format, Layout, Options, Plan, ReadBack, Verdict
 from qexport.grid import Scheme, dtype_name
 from qexport.shards import Parts, ShardReader, plan_shards
 from qexport.tensor import QuantizedTensor
 
-__all__ = ["FolderFormat", "dense_linears", "part_bytes", "single_scheme"]
+__all__ = ["FolderFormat", "dense_linears", "group_size_of", "part_bytes", "single_scheme"]
 
 
 class FolderFormat(Format):
@@ -203,6 +203,26 @@ def single_scheme(name: str, modules: Modules) -> Scheme:
             f"has {len(schemes)} schemes; native, compressed-tensors and gguf hold them."
         )
     return schemes.pop()
+
+
+def group_size_of(
+    reader: ShardReader, module: str, inputs: int, groups: int, stated: object
+) -> int | None:
+    """The group size that the tensors show, None per channel; it must be what the config says.
+
+    `stated` is the config's word: None where it has none, 0 or less for per channel.
+    """
+    if not groups or inputs % groups:
+        raise CheckpointError(f"{reader.folder}: {module} has {groups} groups of {inputs} inputs.")
+    size = inputs // groups
+    if stated is not None:
+        said = stated if type(stated) is int and stated > 0 else inputs
+        if type(stated) is not int or said != size:
+            raise CheckpointError(
+                f"{reader.folder}: config.json says groups of {stated!r}, and {module} has "
+                f"{groups} groups in {inputs} inputs."
+            )
+    return None if groups == 1 else size
 
 
 def part_bytes(part: tuple[torch.dtype, tuple[int, ...]]) -> int:

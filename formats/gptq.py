@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qexport.checkpoint import Checkpoint, Modules, checked_scales
 from qexport.errors import CheckpointError
-from qexport.formats.folder import FolderFormat, single_scheme
+from qexport.formats.folder import FolderFormat, group_size_of, single_scheme
 from qexport.formats.words import WORD, from_words, in_words, is_float
 from qexport.grid import INT2, INT3, INT4, INT8, UINT2, UINT3, UINT4, UINT8, Scheme
 from qexport.shards import Parts, ShardReader
@@ -105,7 +105,8 @@ class Gptq(FolderFormat):
             if not name.endswith(".qweight"):
                 continue
             module = name.removesuffix(".qweight")
-            scheme, shape = _scheme(reader, module, symmetric)
+            size = None if dynamic else quantization.get("group_size")
+            scheme, shape = _scheme(reader, module, symmetric, size)
             if not dynamic and scheme.grid.bits != stated:
                 raise CheckpointError(
                     f"{reader.folder}: config.json says {stated!r} bits, and {module} has "
@@ -147,7 +148,9 @@ class GptqV2(Gptq):
     zero_offset = 0
 
 
-def _scheme(reader: ShardReader, module: str, symmetric: bool) -> tuple[Scheme, tuple[int, int]]:
+def _scheme(
+    reader: ShardReader, module: str, symmetric: bool, stated: object
+) -> tuple[Scheme, tuple[int, int]]:
     """Width, group size and shape from the tensors, which outvote a config's `dynamic` rules."""
     inputs = (*reader.shape(f"{module}.g_idx"), 0)[0]
     rows, out = (*reader.shape(f"{module}.qweight"), 0, 0)[:2]
@@ -160,7 +163,7 @@ def _scheme(reader: ShardReader, module: str, symmetric: bool) -> tuple[Scheme, 
             f"{inputs} and {groups} groups, which is no GPTQ layer of 2, 3, 4 or 8 bits."
         )
     dtype = is_float(reader, f"{module}.scales")
-    group_size = None if groups == 1 else inputs // groups
+    group_size = group_size_of(reader, module, inputs, groups, stated)
     return Scheme(grids[width], group_size, dtype), (out, inputs)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qexport.checkpoint import Checkpoint, Modules, checked_scales
 from qexport.errors import CheckpointError
-from qexport.formats.folder import FolderFormat, dense_linears, single_scheme
+from qexport.formats.folder import FolderFormat, dense_linears, group_size_of, single_scheme
 from qexport.formats.words import WORD, from_words, in_words, is_float, words
 from qexport.grid import BINARY, GRIDS, SEQ2, UINT2, UINT3, UINT4, UINT8, Grid, Scheme
 
@@ -110,7 +110,8 @@ class Humming(FolderFormat):
                 continue
             if reader.dtype(weight) == torch.int32:
                 module = weight.removesuffix(".weight")
-                modules[module] = _scheme(reader, module, width, has_zero)
+                stated = quantization.get("weight_scale_group_size", 0)
+                modules[module] = _scheme(reader, module, width, has_zero, stated)
         return modules
 
     def decode(
@@ -132,7 +133,7 @@ def _has_zero_point(grid: Grid) -> bool:
 
 
 def _scheme(
-    reader: ShardReader, module: str, width: int, has_zero: bool
+    reader: ShardReader, module: str, width: int, has_zero: bool, stated: object
 ) -> tuple[Scheme, tuple[int, int]]:
     out, row = (*reader.shape(f"{module}.weight"), 0, 0)[:2]
     groups = (*reader.shape(f"{module}.weight_scale"), 0, 0)[1]
@@ -140,7 +141,7 @@ def _scheme(
     if not out or not inputs or not groups or inputs % groups:
         raise CheckpointError(f"{reader.folder}: {module} is no humming layer of {width} bits.")
     dtype = is_float(reader, f"{module}.weight_scale")
-    group_size = None if groups == 1 else inputs // groups
+    group_size = group_size_of(reader, module, inputs, groups, stated)
     grid = _zero_point_grid(reader, module, width) if has_zero else _SYMMETRIC.get(width)
     if grid is None:
         raise CheckpointError(f"{reader.folder}: {module}: {width} bits of humming are not read.")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from qexport.checkpoint import Checkpoint
 from qexport.data import documents
@@ -16,8 +17,9 @@ from qexport.formats.pack import pack
 from qexport.modelling import load_tokenizer
 from qexport.runtime.loader import load_model
 from qexport.tiny import write_tiny_model
+from qexport.train import TrainConfig, train
 from tests.oracle.install import FOLDER
-from tests.oracle.models import rounded, smollm2
+from tests.oracle.models import rounded, smollm2, trained
 
 pytestmark = [
     pytest.mark.oracle,
@@ -63,48 +65,74 @@ def assert_agrees(source: Checkpoint, packed: Path, ids: list[list[int]], scratc
 
 def prose(folder: Path) -> list[list[int]]:
     tokenizer = load_tokenizer(folder)
-    text = " ".join(next(iter(documents("builtin", "eval", tokenizer))).split())
-    return [tokenizer.encode(text)[:POSITIONS]]
+    texts = (" ".join(text.split()) for text in documents("builtin", "eval", tokenizer))
+    return [tokenizer.encode(" ".join(texts))[: 4 * POSITIONS]]
+
+
+@pytest.fixture(scope="module")
+def four_bits(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return trained(tmp_path_factory.mktemp("four") / "run", "4", 20)
+
+
+def test_smollm2_int4_in_llama_cpp(four_bits: Checkpoint, tmp_path: Path) -> None:
+    in_llama_cpp(four_bits, "Q4_0", tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("grid", "block"), [("int4", "Q4_0"), ("seq2", "Q4_0"), ("ternary", "Q2_0"), ("int8", "Q8_0")]
+    ("bits", "steps", "block"), [("2", 20, "Q4_0"), ("1.58", 60, "Q2_0")], ids=["seq2", "ternary"]
 )
-def test_smollm2_in_llama_cpp(tmp_path: Path, grid: str, block: str) -> None:
-    source = rounded(smollm2(), grid, 64)
-    report = pack(source, FORMATS["gguf"], tmp_path / "out")
+def test_smollm2_trained_in_llama_cpp(tmp_path: Path, bits: str, steps: int, block: str) -> None:
+    in_llama_cpp(trained(tmp_path / "run", bits, steps, 192), block, tmp_path)
+
+
+def test_smollm2_int8_in_llama_cpp(tmp_path: Path) -> None:
+    in_llama_cpp(rounded(smollm2(), "int8", 64), "Q8_0", tmp_path)
+
+
+def in_llama_cpp(source: Checkpoint, block: str, scratch: Path) -> None:
+    report = pack(source, FORMATS["gguf"], scratch / "out")
     assert report.exact
     assert {verdict["stored"] for verdict in report.verdicts} == {block}
-    assert_agrees(source, tmp_path / "out", prose(source.folder), tmp_path)
+    assert_agrees(source, scratch / "out", prose(source.folder), scratch)
 
 
 @pytest.mark.parametrize(
-    ("grid", "block"),
+    ("bits", "blocks"),
     [
-        ("seq2", "Q2_K"),
-        ("int3", "Q3_K"),
-        ("ternary", "TQ1_0"),
-        ("ternary", "TQ2_0"),
-        ("int4", "Q4_1"),
-        ("int4", "Q5_K"),
-        ("int4", "Q6_K"),
+        ("1", ["Q1_0"]),
+        ("1.58", ["TQ1_0", "TQ2_0"]),
+        ("2", ["Q2_K"]),
+        ("3", ["Q3_K"]),
+        ("4", ["Q4_1", "Q5_K", "Q6_K"]),
     ],
 )
-def test_wide_types_in_llama_cpp(tmp_path: Path, grid: str, block: str) -> None:
-    """A model of widths that 256 divides, with head rows to permute and an untied head."""
+def test_wide_types_in_llama_cpp(tmp_path: Path, bits: str, blocks: list[str]) -> None:
+    """A model of widths that 256 divides, trained at its width, with a head of its own."""
     model = write_tiny_model(
         tmp_path / "model",
         hidden_size=256,
         intermediate_size=512,
         head_dim=64,
         tie_word_embeddings=False,
-        initializer_range=0.3,
     )
-    source = rounded(model, grid, None)
-    report = pack(source, FORMATS["gguf"], tmp_path / "out", Options(block=block))
-    assert report.exact
-    ids = torch.randint(0, 256, (2, POSITIONS), generator=torch.Generator().manual_seed(0))
-    assert_agrees(source, tmp_path / "out", ids.tolist(), tmp_path)
+    settings = TrainConfig(
+        model,
+        "builtin",
+        tmp_path / "run",
+        bits,
+        None,
+        max_steps=30,
+        max_length=128,
+        lr=3e-3,
+        precision="fp32",
+    )
+    train(settings, Console(quiet=True))
+    source = open_checkpoint(tmp_path / "run")
+    for block in blocks:
+        report = pack(source, FORMATS["gguf"], tmp_path / block, Options(block=block))
+        assert report.exact
+        ids = [one[: 2 * POSITIONS] for one in prose(source.folder)]
+        assert_agrees(source, tmp_path / block, ids, tmp_path)
 
 
 def strings(count: int) -> list[str]:
@@ -126,11 +154,10 @@ def test_tokens_are_the_same(tmp_path: Path) -> None:
     assert [t for t, a, b in zip(texts, ours, theirs, strict=True) if a != b] == []
 
 
-def test_embeddings_rounded_for_llama_cpp(tmp_path: Path) -> None:
+def test_embeddings_rounded_for_llama_cpp(four_bits: Checkpoint, tmp_path: Path) -> None:
     """The largest tensor of a small model at 8 bits: what is in the file is what is computed."""
-    source = rounded(smollm2(), "int4", 64)
     options = Options(embeddings="q8_0", allow_lossy=True)
-    report = pack(source, FORMATS["gguf"], tmp_path / "out", options)
+    report = pack(four_bits, FORMATS["gguf"], tmp_path / "out", options)
     assert report.verification.differing_dense == ["model.embed_tokens.weight"]
     packed = open_checkpoint(tmp_path / "out")
-    assert_agrees(packed, tmp_path / "out", prose(source.folder), tmp_path)
+    assert_agrees(packed, tmp_path / "out", prose(packed.folder), tmp_path)

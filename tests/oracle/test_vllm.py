@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from qexport.checkpoint import Checkpoint
 from qexport.data import documents
 from qexport.formats import FORMATS, Options, open_checkpoint
 from qexport.formats.pack import pack
@@ -16,7 +17,7 @@ from qexport.modelling import load_tokenizer
 from qexport.tiny import write_tiny_model
 from qexport.train import TrainConfig, train
 from tests.oracle.install import FOLDER
-from tests.oracle.models import dense_twin, rounded, smollm2
+from tests.oracle.models import dense_twin, smollm2, trained
 
 pytestmark = [
     pytest.mark.oracle,
@@ -26,6 +27,11 @@ pytestmark = [
     ),
 ]
 SCRIPT = Path(__file__).parent / "vllm_logprobs.py"
+PLACES = (
+    *("France", "Italy", "Spain", "Germany", "Japan", "China", "Egypt", "Russia", "Greece"),
+    *("Poland", "Sweden", "Norway", "Canada", "Peru", "Cuba", "India", "Kenya", "Turkey"),
+    *("Austria", "Portugal"),
+)
 
 
 def vllm(checkpoint: Path, prompts: list[list[int]], scratch: Path, tokens: int = 1) -> Any:
@@ -78,29 +84,46 @@ def test_seq_2_bit_embedded_in_4_bit_gptq(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def texts() -> list[list[int]]:
-    """20 held-out texts of 48 tokens."""
-    tokenizer = load_tokenizer(smollm2())
-    prose = " ".join(" ".join(text.split()) for text in documents("builtin", "eval", tokenizer))
-    ids = tokenizer.encode(prose)
-    return [ids[start : start + 48] for start in range(0, 20 * 150, 150)]
+def run(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """SmolLM2 after 20 steps of training at 4 bits, groups of 64."""
+    return trained(tmp_path_factory.mktemp("four") / "run", "4", 20)
 
 
 @pytest.fixture(scope="module")
-def twin(tmp_path_factory: pytest.TempPathFactory, texts: list[list[int]]) -> Any:
-    """What vLLM says of SmolLM2 rounded to int4 g64, as a dense checkpoint."""
+def prompts() -> list[list[int]]:
+    """20 held-out texts of 48 tokens to score, then 20 questions to answer."""
+    tokenizer = load_tokenizer(smollm2())
+    prose = " ".join(" ".join(text.split()) for text in documents("builtin", "eval", tokenizer))
+    ids = tokenizer.encode(prose)
+    texts = [ids[start : start + 48] for start in range(0, 20 * 150, 150)]
+    questions = [f"What is the capital of {place}?" for place in PLACES]
+    return texts + [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
+        )
+        for question in questions
+    ]
+
+
+@pytest.fixture(scope="module")
+def twin(
+    run: Checkpoint, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory
+) -> Any:
+    """What vLLM says of the dequantized weights as a dense checkpoint."""
     scratch = tmp_path_factory.mktemp("twin")
-    folder = dense_twin(rounded(smollm2(), "int4", 64), scratch / "dense")
-    return vllm(folder, texts, scratch / "run", 16)
+    return vllm(dense_twin(run, scratch / "dense"), prompts, scratch / "run", 16)
 
 
 @pytest.mark.parametrize("form", ["gptq", "awq", "compressed-tensors"])
-def test_smollm2_in_vllm(tmp_path: Path, texts: list[list[int]], twin: Any, form: str) -> None:
-    source = rounded(smollm2(), "int4", 64)
-    assert pack(source, FORMATS[form], tmp_path / "out").exact
-    served = vllm(tmp_path / "out", texts, tmp_path / "run", 16)
-    difference = (torch.tensor(served["scores"]) - torch.tensor(twin["scores"])).abs()
-    same = sum(a == b for a, b in zip(served["greedy"], twin["greedy"], strict=True))
-    print(f"{form}: mean difference {float(difference.mean()):.4f}, greedy equal {same} of 20")
-    assert float(difference.mean()) <= 0.05
+def test_smollm2_in_vllm(
+    tmp_path: Path, run: Checkpoint, prompts: list[list[int]], twin: Any, form: str
+) -> None:
+    assert pack(run, FORMATS[form], tmp_path / "out").exact
+    served = vllm(tmp_path / "out", prompts, tmp_path / "run", 16)
+    mine, theirs = (torch.tensor(side["scores"][:20]) for side in (served, twin))
+    difference = float((mine - theirs).abs().mean())
+    answers = zip(served["greedy"][20:], twin["greedy"][20:], strict=True)
+    same = sum(a == b for a, b in answers)
+    print(f"{form}: mean difference {difference:.4f}, greedy equal {same} of 20")
+    assert difference <= 0.05
     assert same >= 18

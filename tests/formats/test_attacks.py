@@ -1,0 +1,213 @@
+"""Files made to do harm: each is refused with an error of ours, by every reader it concerns."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qexport.errors import CheckpointError
+from qexport.formats import FORMATS, Options, detect, open_checkpoint
+from qexport.formats.gguf.container import GgufFile
+from qexport.formats.pack import pack
+from tests.formats.models import decoder_layer
+from tests.fuzz import fuzz
+
+SAFETENSORS = sorted(set(FORMATS) - {"gguf"})
+
+
+def gguf_bytes(
+    pairs: bytes = b"", pair_count: int = 0, infos: bytes = b"", info_count: int = 0, data: int = 64
+) -> bytes:
+    head = b"GGUF" + struct.pack("<IQQ", 3, info_count, pair_count) + pairs + infos
+    return head + bytes(-len(head) % 32 + data)
+
+
+def pair(key: str, kind: int, value: bytes) -> bytes:
+    return struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", kind) + value
+
+
+def info(name: str, sides: tuple[int, ...], kind: int = 0, offset: int = 0) -> bytes:
+    head = struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", len(sides))
+    return head + struct.pack(f"<{len(sides)}Q", *sides) + struct.pack("<IQ", kind, offset)
+
+
+ALIGNMENT = "general.alignment"
+GGUF_ATTACKS = {
+    "zero alignment": gguf_bytes(pair(ALIGNMENT, 4, struct.pack("<I", 0)), 1),
+    "odd alignment": gguf_bytes(pair(ALIGNMENT, 4, struct.pack("<I", 33)), 1),
+    "alignment as text": gguf_bytes(pair(ALIGNMENT, 8, struct.pack("<Q", 1) + b"x"), 1),
+    "a product of sides that wraps to 0": gguf_bytes(infos=info("t", (2**32, 2**32)), info_count=1),
+    "a product that wraps to little": gguf_bytes(
+        infos=info("t", (2**33, 2**31 + 1, 1, 1)), info_count=1
+    ),
+    "a side of 0": gguf_bytes(infos=info("t", (0, 4)), info_count=1),
+    "no dimensions": gguf_bytes(infos=info("t", ()), info_count=1),
+    "a thousand dimensions": gguf_bytes(infos=info("t", (1,) * 1000), info_count=1),
+    "a string past the end": gguf_bytes(pair("k", 8, struct.pack("<Q", 2**63)), 1),
+    "a key past the end": gguf_bytes(struct.pack("<Q", 2**64 - 1), 1),
+    "an array past the end": gguf_bytes(pair("k", 9, struct.pack("<IQ", 4, 2**62)), 1),
+    "an array of strings past the end": gguf_bytes(pair("k", 9, struct.pack("<IQ", 8, 2**61)), 1),
+    "an array of arrays": gguf_bytes(pair("k", 9, struct.pack("<IQ", 9, 1)), 1),
+    "a value of no type": gguf_bytes(pair("k", 99, b""), 1),
+    "a key twice": gguf_bytes(pair("k", 4, bytes(4)) * 2, 2),
+    "a tensor twice": gguf_bytes(infos=info("t", (4,)) * 2, info_count=2),
+    "an offset past the end": gguf_bytes(infos=info("t", (4,), 0, 2**40), info_count=1),
+    "an offset that wraps": gguf_bytes(infos=info("t", (4,), 0, 2**64 - 32), info_count=1),
+    "an offset not aligned": gguf_bytes(infos=info("t", (4,), 0, 4), info_count=1),
+    "too many pairs": gguf_bytes(pair_count=2**40),
+    "too many tensors": gguf_bytes(info_count=2**63),
+    "a name that is no text": gguf_bytes(infos=struct.pack("<Q", 2) + b"\xff\xfe", info_count=1),
+    "an older version": b"GGUF" + struct.pack("<IQQ", 1, 0, 0) + bytes(64),
+    "nothing": b"GGUF",
+}
+
+
+@pytest.mark.parametrize("name", sorted(GGUF_ATTACKS))
+def test_gguf_headers(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(GGUF_ATTACKS[name])
+    assert detect(path) is FORMATS["gguf"]
+    with pytest.raises(CheckpointError, match=r"bad.gguf is no sound GGUF file"):
+        open_checkpoint(path)
+
+
+def test_a_tensor_that_ends_after_its_file(tiny_model: Path, tmp_path: Path) -> None:
+    pack(decoder_layer(tiny_model, "int4", 64, 32), FORMATS["gguf"], tmp_path / "out")
+    path = tmp_path / "out" / "model.gguf"
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(CheckpointError, match=r"the file ends before|outside of it"):
+        checkpoint = open_checkpoint(tmp_path / "out")
+        for name in checkpoint:
+            checkpoint[name]
+
+
+def test_many_short_strings_take_little_memory(tmp_path: Path) -> None:
+    """A string costs eight bytes in a file and fifty in Python: they are made when asked for."""
+    count = 3 << 20
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(gguf_bytes(pair("k", 9, struct.pack("<IQ", 8, count) + bytes(8 * count)), 1))
+    with pytest.raises(CheckpointError, match="claims 3145728 strings"):
+        GgufFile(path)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 65520.0 * 2])
+def test_gguf_scales_that_are_not_finite(tiny_model: Path, tmp_path: Path, scale: float) -> None:
+    pack(decoder_layer(tiny_model, "int4", 64, 32), FORMATS["gguf"], tmp_path / "out")
+    path = tmp_path / "out" / "model.gguf"
+    place = GgufFile(path).tensors["blk.0.ffn_up.weight"].offset
+    data = bytearray(path.read_bytes())
+    data[place : place + 2] = torch.tensor([scale]).half().view(torch.uint8).numpy().tobytes()
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="a scale that is not finite"):
+        open_checkpoint(tmp_path / "out").quantized("model.layers.0.mlp.up_proj.weight")
+
+
+def packed(tiny_model: Path, folder: Path, form: str) -> Path:
+    grid, group = ("int8", None) if form == "int-quantized" else ("seq2", 32)
+    pack(decoder_layer(tiny_model, grid, 64, group), FORMATS[form], folder, Options())
+    return folder
+
+
+def change(folder: Path, **tensors: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Rewrite tensors of the first module by the end of their names."""
+    path = folder / "model.safetensors"
+    held = load_file(path)
+    for ending, make in tensors.items():
+        name = f"model.layers.0.mlp.down_proj.{ending}"
+        held[name] = make(held[name]).contiguous()
+    save_file(held, path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+@pytest.mark.parametrize("form", SAFETENSORS)
+def test_scales_that_are_nothing(tiny_model: Path, tmp_path: Path, form: str, value: float) -> None:
+    folder = packed(tiny_model, tmp_path / "out", form)
+    named = "scales" if form in ("native", "gptq", "gptq_v2", "awq") else "weight_scale"
+    change(folder, **{named: lambda t: torch.cat((t[:-1], torch.full_like(t[-1:], value)))})
+    with pytest.raises(CheckpointError, match="a scale that is zero or not finite"):
+        open_checkpoint(folder).quantized("model.layers.0.mlp.down_proj.weight")
+
+
+@pytest.mark.parametrize("index", [-1, 2, 2**31 - 1])
+def test_group_indices_out_of_range(tiny_model: Path, tmp_path: Path, index: int) -> None:
+    folder = packed(tiny_model, tmp_path / "out", "gptq")
+    change(folder, g_idx=lambda t: torch.cat((t[:-1], t.new_full((1,), index))))
+    with pytest.raises(CheckpointError, match="reordered groups"):
+        open_checkpoint(folder).quantized("model.layers.0.mlp.down_proj.weight")
+
+
+@pytest.mark.parametrize("shape", [[2**31, 2**31], [-1, 64], [0, 64], [64, 65], [64, 2**40]])
+def test_shapes_that_the_tensors_do_not_have(
+    tiny_model: Path, tmp_path: Path, shape: list[int]
+) -> None:
+    folder = packed(tiny_model, tmp_path / "out", "compressed-tensors")
+    change(folder, weight_shape=lambda _: torch.tensor(shape))
+    with pytest.raises(CheckpointError):
+        open_checkpoint(folder)
+
+
+# int-quantized has no other word for a shape than the weight's own; the model's config has.
+@pytest.mark.parametrize("form", sorted(set(SAFETENSORS) - {"int-quantized"}))
+def test_tensors_cut_short(tiny_model: Path, tmp_path: Path, form: str) -> None:
+    folder = packed(tiny_model, tmp_path / "out", form)
+    first = {"native": "qweight", "gptq": "qweight", "gptq_v2": "qweight", "awq": "qweight"}
+    named = first.get(form, "weight_packed" if form == "compressed-tensors" else "weight")
+    change(folder, **{named: lambda t: t[:, :-1]})
+    with pytest.raises(CheckpointError):
+        open_checkpoint(folder)
+
+
+def test_patterns_that_take_for_ever(tiny_model: Path, tmp_path: Path) -> None:
+    folder = packed(tiny_model, tmp_path / "out", "compressed-tensors")
+    config = json.loads((folder / "config.json").read_text())
+    for pattern in ("(a+)+$", "((a|aa)*)*b", "(.*a){20}", "[", "a" * 300, "(model.*)*x"):
+        (group,) = config["quantization_config"]["config_groups"].values()
+        group["targets"] = [f"re:{pattern}"]
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match="target pattern"):
+            open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("where", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors"])
+def test_shards_outside_the_folder(tiny_model: Path, tmp_path: Path, where: str) -> None:
+    folder = packed(tiny_model, tmp_path / "out", "native")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    index: dict[str, Any] = {"metadata": {}, "weight_map": {"model.norm.weight": where}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="outside its folder"):
+        open_checkpoint(folder)
+
+
+def test_symlinked_shards(tiny_model: Path, tmp_path: Path) -> None:
+    """A link within a hub cache is usual; one to what is no checkpoint is just unreadable."""
+    folder = packed(tiny_model, tmp_path / "out", "native")
+    weights = folder / "model.safetensors"
+    weights.rename(tmp_path / "blob")
+    weights.symlink_to(tmp_path / "blob")
+    assert open_checkpoint(folder).modules
+    weights.unlink()
+    weights.symlink_to("/etc/passwd")
+    with pytest.raises(CheckpointError, match="is damaged: its header"):
+        open_checkpoint(folder)
+    weights.unlink()
+    weights.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError):
+        open_checkpoint(folder)
+    weights.unlink()
+    weights.symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError):
+        open_checkpoint(folder)
+
+
+def test_mutated_checkpoints() -> None:
+    """A slice of the fuzzer's inputs; `make fuzz` runs 200,000."""
+    outcomes, findings, longest = fuzz(1, 0, 3000, lambda _: None)
+    assert findings == []
+    assert longest < 2
+    assert outcomes["CheckpointError"] > 1000
+    assert outcomes["opened"] > 500
