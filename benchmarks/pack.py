@@ -12,6 +12,8 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +142,9 @@ def main() -> None:
     work: Path = arguments.work
     work.mkdir()
     try:
-        size = generate(work / "source", arguments.layers)
+        # in a process of its own: a child's peak memory begins with that of its parent
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            size = pool.submit(generate, work / "source", arguments.layers).result()
         copies = [copy(work / "source", work / "copy")]
         rows = [pack(work / "source", form, work / "out") for form in FORMATS]
         copies.append(copy(work / "source", work / "copy"))

@@ -118,10 +118,8 @@ class Gguf(Format):
         file = GgufFile(_only_file(path))
         if file.integer("split.count", 1) > 1:
             raise InputError(f"{file.path} is one of several parts; join them with llama.cpp.")
-        config = config_of(file)
         beside = path.is_dir() and (path / "config.json").is_file()
-        if beside:
-            config = _checked_config(file, read_config(path))
+        config = _checked_config(file, read_config(path)) if beside else config_of(file)
         rows = rows_of(config)
         schemes = schemes_of(file)
         entries = {}

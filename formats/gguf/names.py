@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qexport.errors import CheckpointError
 from qexport.tensor import QuantizedTensor
 
 __all__ = ["FAMILIES", "Family", "Rows", "from_gguf", "to_gguf"]
@@ -103,6 +104,10 @@ class Rows:
         heads = self._heads(name)
         if not heads:
             return tensor
+        if tensor.shape[0] % (2 * heads):
+            raise CheckpointError(
+                f"{name} has {tensor.shape[0]} rows, which {heads} heads do not divide in halves."
+            )
         rows = torch.arange(tensor.shape[0]).view(heads, -1)
         sides = (-1, 2) if back else (2, -1)
         order = rows.view(heads, *sides).transpose(1, 2).reshape(-1)

@@ -66,7 +66,7 @@ def command(
     from qexport.formats.pack import holdings, pack, plan
 
     target = format_named(format)
-    options = Options(bits, block, embeddings, allow_lossy)
+    options = Options(bits, block and block.upper(), embeddings, allow_lossy)
     source = open_checkpoint(run)
     if dry_run:
         verdicts = plan(source, target, options)
