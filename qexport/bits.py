@@ -14,7 +14,7 @@ from torch import Tensor
 
 __all__ = ["pack", "packed_bytes", "unpack"]
 
-_CHUNK = 1 << 20  # codes in flight: the lanes of a chunk and their copies stay in the cache
+_CHUNK = 1 << 18  # codes in flight: lanes stay in the cache, and ops too small to be parted
 
 
 def packed_bytes(count: int, bits: int) -> int:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from qexport.checkpoint import Checkpoint
 from qexport.errors import RefusedError
-from qexport.formats import FORMATS, Options, Verdict, open_checkpoint
+from qexport.formats import FORMATS, Options, Verdict, detect, open_checkpoint
 from qexport.formats.gguf.container import GgufFile
 from qexport.formats.gguf.names import to_gguf
 from qexport.formats.pack import pack
@@ -164,3 +164,17 @@ def test_a_bound_is_kept_and_needs_leave(tiny_model: Path, tmp_path: Path) -> No
     expected = source.quantized(f"{MODULES[0]}.weight").dequantize().numpy()
     assert isinstance(held, np.ndarray)
     assert 0 < np.abs(held - expected).max() <= report.verification.largest_error
+
+
+def test_each_is_recognised_by_its_files(tiny_model: Path, tmp_path: Path) -> None:
+    for name, form in FORMATS.items():
+        grid, group = ("int8", None) if name == "int-quantized" else ("seq2", 32)
+        pack(decoder_layer(tiny_model, grid, 64, group), form, tmp_path / name)
+        assert detect(tmp_path / name) is form
+        assert open_checkpoint(tmp_path / name).layout == name
+        assert [f.name for f in FORMATS.values() if f.detect(tmp_path / name)] == [name]
+    lone = tmp_path / "renamed.bin"
+    (tmp_path / "gguf" / "model.gguf").rename(lone)
+    assert detect(lone) is FORMATS["gguf"]
+    for other in (tiny_model, tmp_path, tmp_path / "nowhere", tiny_model / "config.json"):
+        assert detect(other) is None
