@@ -18,7 +18,7 @@ from torch import Tensor
 from qexport.checkpoint import Checkpoint, Modules, checked_scales
 from qexport.errors import CheckpointError
 from qexport.formats.folder import FolderFormat, dense_linears, group_size_of, single_scheme
-from qexport.formats.words import from_words, in_words, is_float
+from qexport.formats.words import from_words, in_words, scale_dtype_of
 from qexport.grid import UINT4, Scheme
 from qexport.shards import Parts, ShardReader
 from qexport.tensor import QuantizedTensor
@@ -78,8 +78,8 @@ class Awq(FolderFormat):
         width = quantization.get("bits", quantization.get("w_bit"))
         if width != 4 or not quantization.get("zero_point", True):
             raise CheckpointError(
-                f"{reader.folder}: an AWQ checkpoint of {width!r} bits or without zero points; "
-                "4 bits with zero points are read."
+                f"{reader.folder}: config.json says {width!r} bits and zero_point "
+                f"{quantization.get('zero_point', True)!r}; AWQ is read at 4 bits with zero points."
             )
         modules: Modules = {}
         for name in reader:
@@ -106,7 +106,7 @@ def _scheme(reader: ShardReader, module: str, stated: object) -> tuple[Scheme, t
             f"{reader.folder}: {module} has qweight {reader.shape(f'{module}.qweight')} and "
             f"{groups} groups, which is no AWQ layer."
         )
-    dtype = is_float(reader, f"{module}.scales")
+    dtype = scale_dtype_of(reader, f"{module}.scales")
     group_size = group_size_of(reader, module, inputs, groups, stated)
     return Scheme(UINT4, group_size, dtype), (inputs, lanes * _LANES)[::-1]
 

@@ -14,7 +14,10 @@ from qexport.grid import Grid, Scheme
 from qexport.stream import FilePlan
 from qexport.tensor import QuantizedTensor
 
-__all__ = ["Encode", "Format", "Layout", "Options", "Plan", "ReadBack", "Verdict"]
+__all__ = ["EMBEDDINGS", "Encode", "Format", "Layout", "Options", "Plan", "ReadBack", "Verdict"]
+
+
+EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class Verdict:
     stored           what the layout calls it: a grid's name, or a GGUF block type
     reason           why it refuses, else None
     bits_per_weight  on disk, scales and zero points included
-    bound            the largest error, in units in the last place (of the dtype that scales are
-                     rounded to) of the largest value that a group can take; 0 is exact
+    bound            the largest error, in float16 units in the last place of the largest value
+                     that a group can take; 0 is exact
     """
 
     holder: Scheme | None

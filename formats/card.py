@@ -7,7 +7,7 @@ from typing import Any
 from qexport.checkpoint import Checkpoint
 from qexport.version import __version__
 
-__all__ = ["model_card"]
+__all__ = ["model_card", "vllm_reads"]
 
 _RUN = {
     "native": """```
@@ -25,17 +25,8 @@ llama-cli -m model.gguf
 llama-server -m model.gguf
 ```
 Or `qexport serve .`""",
-    "humming": """With vLLM on an NVIDIA GPU:
-```
-vllm serve .
-```
-Or `qexport serve .`""",
 }
-_ENGINES = """With vLLM:
-```
-vllm serve .
-```
-In Python, with the loader that transformers asks for ({needs}):
+_TRANSFORMERS = """In Python, with the loader that transformers asks for ({needs}):
 ```python
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(".")
@@ -47,21 +38,39 @@ _NEEDS = {
 }
 
 
+def vllm_reads(form: str, verdicts: list[dict[str, Any]]) -> str:
+    """What vLLM 0.32 and 0.33 make of a folder, in a sentence."""
+    grids = {verdict["stored"] for verdict in verdicts}
+    if form in ("gptq", "gptq_v2") and not grids <= {"int4", "int8"}:
+        return (
+            "vLLM does not read it: of GPTQ it takes symmetric grids at 4 and 8 bits "
+            "(`qexport pack --bits 4`)."
+        )
+    if form == "gptq_v2":
+        return "vLLM reads GPTQ files as version 1; `qexport pack --format gptq` is for it."
+    if form in ("gptq", "compressed-tensors") and not grids <= {"int4", "uint4"}:
+        return "vLLM reads it on NVIDIA GPUs; on CPUs it takes 4 bits (`qexport pack --bits 4`)."
+    if form == "humming":
+        return "vLLM reads it on NVIDIA GPUs, with the package humming-kernels."
+    if form in ("native", "gguf"):
+        return "vLLM does not read it; gptq, awq and compressed-tensors at 4 bits are for it."
+    return "vLLM reads it."
+
+
 def model_card(source: Checkpoint, report: dict[str, Any]) -> str:
     """README.md for a packed folder. `report` is a PackReport as JSON."""
     form = report["format"]
-    rows = "\n".join(
-        f"| {v['modules']} | {v['held']} | {v['bits_per_weight']:.4g} |" for v in report["verdicts"]
-    )
+    rows = "\n".join(f"- {phrase}" for phrase in report["held"])
     verification = report["verification"]
-    proof = (
-        f"Exact: 0 differing codes and 0 differing bits in {verification['weights']:,} weights."
-        if report["exact"]
-        else f"Not exact: the largest error is {verification['largest_error']:.3g}, "
-        f"{verification['largest_ulp']:.2g} float16 ulp of what its group can reach."
-    )
+    proof = _proof(verification)
     evaluation = _perplexity(source.folder)
-    run = _RUN.get(form) or _ENGINES.format(needs=_NEEDS.get(form, "gptqmodel and optimum"))
+    needs = _NEEDS.get(form, "gptqmodel and optimum")
+    run = _RUN.get(form) or (
+        "```\nqexport serve .\n```" if form == "humming" else _TRANSFORMERS.format(needs=needs)
+    )
+    engine = vllm_reads(form, report["verdicts"])
+    if not engine.startswith("vLLM does not"):
+        run = f"```\nvllm serve .\n```\n\n{run}"
     return f"""---
 library_name: {"gguf" if form == "gguf" else "transformers"}
 tags:
@@ -72,8 +81,6 @@ tags:
 
 Packed by qexport {__version__} as `{form}`.
 
-| matrices | held as | bits per weight |
-|-|-|-|
 {rows}
 
 {report["total_bytes"]:,} bytes, of which {report["quantized_bytes"]:,} are quantized matrices
@@ -83,8 +90,25 @@ Packed by qexport {__version__} as `{form}`.
 
 ## How to run it
 
+{engine}
+
 {run}
 """
+
+
+def _proof(counts: dict[str, Any]) -> str:
+    rounded = counts["differing_dense"]
+    if counts["exact"]:
+        return f"Exact: 0 differing codes and 0 differing bits in {counts['weights']:,} weights."
+    if rounded and not counts["differing_bits"]:
+        return (
+            f"The quantized matrices are exact; {' and '.join(rounded)} were rounded on request, "
+            f"by at most {counts['largest_dense_error']:.3g}."
+        )
+    return (
+        f"Not exact: the largest error is {counts['largest_error']:.3g}, "
+        f"{counts['largest_ulp']:.2g} float16 ulp of what its group can reach."
+    )
 
 
 def _title(source: Checkpoint) -> str:

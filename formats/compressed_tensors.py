@@ -17,6 +17,7 @@ and leave two bits unused; later ones, and vLLM, keep 3 bits dense. Both are rea
 """
 
 import re
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 from qexport.checkpoint import Checkpoint, Modules, checked_scales
 from qexport.errors import CheckpointError
 from qexport.formats.folder import FolderFormat, dense_linears, group_size_of
-from qexport.formats.words import from_words, in_words, is_float, words
+from qexport.formats.words import from_words, in_words, scale_dtype_of, words
 from qexport.grid import INT2, INT3, INT4, INT8, UINT2, UINT3, UINT4, UINT8, Grid, Scheme
 from qexport.shards import Parts, ShardReader
 from qexport.tensor import QuantizedTensor
@@ -34,6 +35,8 @@ __all__ = ["CompressedTensors", "IntQuantized"]
 
 _SYMMETRIC = {2: INT2, 3: INT3, 4: INT4, 8: INT8}
 _ASYMMETRIC = {2: UINT2, 3: UINT3, 4: UINT4, 8: UINT8}
+_PLAIN = r"(?:[\w.-]|\\\.|\.\*)*"
+_PATTERN = re.compile(rf"\^?({_PLAIN})(?:\(((?:[\w.-]|\\\.|\|)*)\)({_PLAIN}))?(\$)?", re.ASCII)
 _PADDED = 10  # 3-bit codes in a word of the old packing
 
 
@@ -51,6 +54,9 @@ class CompressedTensors(FolderFormat):
         return method == "compressed-tensors" and quantization.get("format") == self.stored_format
 
     def refuses(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        inputs = shape[1]
+        if scheme.grid.bits == 3 and inputs > _PADDED and words(inputs, 3) == -(-inputs // _PADDED):
+            return f"{inputs} inputs of 3 bits take as many words padded as dense; readers differ"
         return None
 
     def parts(self, module: str, scheme: Scheme, shape: tuple[int, int]) -> Parts:
@@ -130,7 +136,7 @@ class CompressedTensors(FolderFormat):
             )
         out, inputs = self._shape(reader, module)
         groups = (*reader.shape(f"{module}.weight_scale"), 0, 0)[1]
-        dtype = is_float(reader, f"{module}.weight_scale")
+        dtype = scale_dtype_of(reader, f"{module}.weight_scale")
         stated = weights.get("group_size") if weights.get("strategy") == "group" else -1
         group_size = group_size_of(reader, module, inputs, groups, stated)
         return Scheme(grids[width], group_size, dtype), (out, inputs)
@@ -210,6 +216,13 @@ class IntQuantized(CompressedTensors):
         per_token = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token"}
         return {"input_activations": {**per_token, "dynamic": True}, "output_activations": None}
 
+    def quantization_config(self, modules: Modules, source: Checkpoint) -> dict[str, Any]:
+        per_channel = {
+            module: (replace(scheme, group_size=None), shape)
+            for module, (scheme, shape) in modules.items()  # one group is a channel
+        }
+        return super().quantization_config(per_channel, source)
+
     def _is_marked(self, reader: ShardReader, name: str) -> bool:
         weight = name.removesuffix(self.marker) + ".weight"
         return weight in reader and reader.dtype(weight) == torch.int8
@@ -250,17 +263,50 @@ def _group_of(reader: ShardReader, module: str, groups: dict[str, Any]) -> dict[
 
 
 def _matches(pattern: str, module: str) -> bool:
-    """A pattern from a file: dots, stars and alternatives are all that such configs use.
+    """Whether a pattern from a file fits the beginning of a module's name.
 
-    A pattern is untrusted and Python's matcher may take exponential time over one, hence the
-    limit on what it may say.
+    Python's matcher may take exponential time over a stranger's pattern. What such configs use is
+    matched here in the product of the lengths: letters, `.` and `\\.`, `.*`, one group `(a|b)`, and
+    the anchors. Raises CheckpointError for anything else.
     """
-    if len(pattern) > 200 or re.search(r"[*+?}]\)*[*+?{]|\([^)]*[*+][^)]*\)[*+{]", pattern):
-        raise CheckpointError(f"the target pattern {pattern[:60]!r} is too involved to trust.")
-    try:
-        return re.match(pattern, module) is not None
-    except (re.error, RecursionError) as error:
-        raise CheckpointError(f"the target pattern {pattern[:60]!r} is not valid.") from error
+    parts = _PATTERN.fullmatch(pattern)
+    if parts is None or len(pattern) > 500:
+        raise CheckpointError(
+            f"the target pattern {pattern[:60]!r} has more than letters, '.', '.*' and one group "
+            "of alternatives, which is all that is read of a regular expression."
+        )
+    before, inner, after, end = parts.groups(default="")
+    return any(
+        _fits([_letters(piece) for piece in (before + one + after).split(".*")], module, bool(end))
+        for one in inner.split("|")
+    )
+
+
+def _letters(piece: str) -> list[str]:
+    """The characters of a piece, `` for one that may be any."""
+    return ["" if one == "." else one[-1] for one in re.findall(r"\\.|.", piece)]
+
+
+def _fits(pieces: list[list[str]], text: str, whole: bool) -> bool:
+    """Whether the pieces stand in the text in order, the first at its beginning."""
+    at = 0
+    for index, piece in enumerate(pieces):
+        last = whole and index == len(pieces) - 1
+        starts = [at] if index == 0 else range(at, len(text) - len(piece) + 1)
+        if last:
+            starts = [start for start in starts if start + len(piece) == len(text)]
+        found = next((start for start in starts if _stands(piece, text, start)), None)
+        if found is None:
+            return False
+        at = found + len(piece)
+    return True
+
+
+def _stands(piece: list[str], text: str, start: int) -> bool:
+    there = text[start : start + len(piece)]
+    return len(there) == len(piece) and all(
+        mine in ("", theirs) for mine, theirs in zip(piece, there, strict=True)
+    )
 
 
 def _is_padded(reader: ShardReader, module: str, shape: tuple[int, int]) -> bool:

@@ -4,6 +4,7 @@ Such a layout is said once, by `parts`: the names, dtypes and shapes of a module
 checks files against it, writing plans files by it, and sizes are counted from it.
 """
 
+import json
 from abc import abstractmethod
 from functools import partial
 from pathlib import Path
@@ -102,6 +103,23 @@ class FolderFormat(Format):
                 entries[name] = dense_entry(reader, name)
         return Checkpoint(path, self.name, config, entries)
 
+    def differences(self, source: Checkpoint, artefact: Checkpoint) -> list[str]:
+        """Words of quantization_config that are not those which `quantization_config` would say."""
+        held = artefact.modules
+        modules = {module: held[module] for module in source.modules if module in held}
+        try:
+            expected = self.quantization_config(modules, source)
+        except RefusedError:
+            return ["config.json (quantization_config)"]
+        found = _unlike("config.json", quantization_of(artefact.folder), expected)
+        for name, content in self.side_files(expected).items():
+            try:
+                value = json.loads((artefact.folder / name).read_text(encoding="utf-8"))
+            except (OSError, ValueError, RecursionError):
+                value = None
+            found += _unlike(name, value, content)
+        return found
+
     def verdict(self, scheme: Scheme, shape: tuple[int, int], options: Options) -> Verdict:
         exact = scheme.scale_dtype in self.scale_dtypes
         if not exact and not options.allow_lossy:
@@ -177,6 +195,14 @@ class FolderFormat(Format):
         holders = sorted({g.bits for g in self.grids if scheme.grid.factor_into(g)})
         instead = f"; {' or '.join(map(str, holders))} bits would" if holders else ""
         return f"{self.name}{width} has no grid that holds {scheme.grid.name}{why}{instead}"
+
+
+def _unlike(file: str, found: object, expected: dict[str, Any]) -> list[str]:
+    """The keys that differ; `meta` says who wrote a file and nothing of what is in it."""
+    if not isinstance(found, dict):
+        return [file]
+    keys = sorted({*found, *expected} - {"meta"})
+    return [f"{file} ({key})" for key in keys if found.get(key) != expected.get(key)]
 
 
 def dense_linears(source: Checkpoint) -> list[str]:

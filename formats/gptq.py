@@ -11,15 +11,16 @@ A weight is (code - zero) * scale. Version 1 (`gptq`) stores zero - 1 modulo 2**
 (`gptq_v2`) stores zero.
 """
 
+import re
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qexport.checkpoint import Checkpoint, Modules, checked_scales
-from qexport.errors import CheckpointError
-from qexport.formats.folder import FolderFormat, group_size_of, single_scheme
-from qexport.formats.words import WORD, from_words, in_words, is_float
+from qexport.errors import CheckpointError, RefusedError
+from qexport.formats.folder import FolderFormat, dense_linears, group_size_of, single_scheme
+from qexport.formats.words import WORD, from_words, in_words, scale_dtype_of
 from qexport.grid import INT2, INT3, INT4, INT8, UINT2, UINT3, UINT4, UINT8, Scheme
 from qexport.shards import Parts, ShardReader
 from qexport.tensor import QuantizedTensor
@@ -69,6 +70,11 @@ class Gptq(FolderFormat):
             zeros = torch.full((groups, out), int(tensor.scheme.grid.middle), dtype=torch.uint8)
         else:
             zeros = tensor.zeros.t()
+        if self.zero_offset and bool((zeros == 0).any()):
+            raise RefusedError(
+                f"{module} has zero points of 0, which version 1 wraps around and engines "
+                "carry into the next one; gptq_v2, awq and compressed-tensors hold them."
+            )
         stored = (zeros.to(torch.int16) - self.zero_offset) % (1 << width)
         return {
             f"{module}.qweight": in_words(tensor.codes, width).t(),
@@ -79,6 +85,7 @@ class Gptq(FolderFormat):
 
     def quantization_config(self, modules: Modules, source: Checkpoint) -> dict[str, Any]:
         scheme = single_scheme(self.name, modules)
+        dense = dense_linears(source)
         return {
             "quant_method": "gptq",
             "method": "gptq",
@@ -90,7 +97,7 @@ class Gptq(FolderFormat):
             "desc_act": False,
             "lm_head": "lm_head" in modules,
             "pack_dtype": "int32",
-            "dynamic": {},
+            "dynamic": {f"-:^{re.escape(name)}$": {} for name in dense if name != "lm_head"},
             "meta": {"quantizer": [f"qexport:{__version__}"]},
         }
 
@@ -162,7 +169,7 @@ def _scheme(
             f"{reader.folder}: {module} has qweight {reader.shape(f'{module}.qweight')}, g_idx of "
             f"{inputs} and {groups} groups, which is no GPTQ layer of 2, 3, 4 or 8 bits."
         )
-    dtype = is_float(reader, f"{module}.scales")
+    dtype = scale_dtype_of(reader, f"{module}.scales")
     group_size = group_size_of(reader, module, inputs, groups, stated)
     return Scheme(grids[width], group_size, dtype), (out, inputs)
 

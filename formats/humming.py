@@ -19,7 +19,7 @@ from torch import Tensor
 from qexport.checkpoint import Checkpoint, Modules, checked_scales
 from qexport.errors import CheckpointError
 from qexport.formats.folder import FolderFormat, dense_linears, group_size_of, single_scheme
-from qexport.formats.words import WORD, from_words, in_words, is_float, words
+from qexport.formats.words import WORD, from_words, in_words, scale_dtype_of, words
 from qexport.grid import BINARY, GRIDS, SEQ2, UINT2, UINT3, UINT4, UINT8, Grid, Scheme
 
 from qexport.grid import INT2, INT3, INT4, INT5, INT6, INT8  # isort: skip
@@ -140,7 +140,7 @@ def _scheme(
     inputs = row * WORD // width
     if not out or not inputs or not groups or inputs % groups:
         raise CheckpointError(f"{reader.folder}: {module} is no humming layer of {width} bits.")
-    dtype = is_float(reader, f"{module}.weight_scale")
+    dtype = scale_dtype_of(reader, f"{module}.weight_scale")
     group_size = group_size_of(reader, module, inputs, groups, stated)
     grid = _zero_point_grid(reader, module, width) if has_zero else _SYMMETRIC.get(width)
     if grid is None:

@@ -1,5 +1,6 @@
 """Proof that an artefact is its source: every code, every dequantized bit, every dense tensor."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class Verification:
     differing_bits     bits unlike in the float32 values that both dequantize to
     largest_error      largest |difference| of two such values
     largest_ulp        the same in float16 units in the last place of what its group can reach
+    largest_dense_error  largest |difference| in another tensor of the same shape
     dense              other tensors compared; differing_dense those that are unlike
     missing, extra     names that only one side has; differing_files likewise for side files
     """
@@ -37,6 +39,7 @@ class Verification:
     differing_bits: int = 0
     largest_error: float = 0.0
     largest_ulp: float = 0.0
+    largest_dense_error: float = 0.0
     dense: int = 0
     differing_dense: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -115,10 +118,11 @@ def compare_rest(source: Checkpoint, artefact: Checkpoint) -> Verification:
     report.extra = sorted(set(artefact) - set(source))
     if artefact.layout in FORMATS:
         report.differing_files += FORMATS[artefact.layout].differences(source, artefact)
-    if source.config != artefact.config:
+    lone = artefact.folder.is_file()  # a GGUF file has it all inside, and was asked above
+    if source.config != artefact.config and not lone:
         report.differing_files.append("config.json")
     converted = source.make_tokenizer is not None  # from a GGUF file, and so not file by file
-    sides = () if converted else (source, artefact)
+    sides = () if converted or lone else (source, artefact)
     names = {file.name for side in sides for file in side.carried_files()}
     for name in sorted(names):
         if not _same_file(source.folder / name, artefact.folder / name):
@@ -156,6 +160,9 @@ def compare(
         or _differing_bits(*_same_dtype(mine, theirs))
     ):
         report.differing_dense.append(name)
+        if isinstance(mine, Tensor) and isinstance(theirs, Tensor) and mine.shape == theirs.shape:
+            error = (mine.float() - theirs.float()).abs().nan_to_num(math.inf, math.inf)
+            report.largest_dense_error = float(error.max())
     return report
 
 
@@ -216,6 +223,7 @@ def _compare_values(mine: QuantizedTensor, found: Tensor, report: Verification) 
         return
     report.differing_bits += differing
     error = (expected - found).abs()
+    error = error.nan_to_num(math.inf, math.inf)  # NaN would pass every comparison
     report.largest_error = max(report.largest_error, float(error.max()))
     in_ulp = error.view(*mine.scales.shape, -1).amax(-1) / _group_ulp(mine)
     report.largest_ulp = max(report.largest_ulp, float(in_ulp.max()))

@@ -8,7 +8,7 @@ from qexport.errors import CheckpointError
 from qexport.grid import dtype_name
 from qexport.shards import ShardReader
 
-__all__ = ["WORD", "from_words", "in_words", "is_float", "words"]
+__all__ = ["WORD", "from_words", "in_words", "scale_dtype_of", "words"]
 
 WORD = 32
 
@@ -31,7 +31,7 @@ def from_words(packed: Tensor, width: int, count: int) -> Tensor:
     return bits.unpack(stream[:, : bits.packed_bytes(count, width)].contiguous(), width, count)
 
 
-def is_float(reader: ShardReader, name: str) -> torch.dtype:
+def scale_dtype_of(reader: ShardReader, name: str) -> torch.dtype:
     """The dtype of a scale tensor. Raises CheckpointError where it is none for scales."""
     dtype = reader.dtype(name)
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):

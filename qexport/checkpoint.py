@@ -147,8 +147,10 @@ def weight_files(path: Path) -> list[Path]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder. Raises InputError for no such folder."""
+    if not folder.exists():
+        raise InputError(f"{folder} does not exist; give a checkpoint's folder, or a GGUF file.")
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; give the folder of a checkpoint.")
+        raise InputError(f"{folder} is not a folder, nor a GGUF file; give a checkpoint's folder.")
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -287,6 +289,10 @@ def _run_entries(reader: ShardReader, quantization: dict[str, Any]) -> dict[str,
 def _load_latent(reader: ShardReader, module: str, scheme: Scheme) -> QuantizedTensor:
     weight = reader.tensor(f"{module}.weight")
     scale = checked_scales(reader, module + SCALE_SUFFIX).float()
+    if not bool((scale > 0).all()):
+        raise CheckpointError(
+            f"{reader.folder}: {module} holds a negative scale; its training diverged."
+        )
     if not bool(weight.isfinite().all()):
         raise CheckpointError(
             f"{reader.folder}: {module} holds a NaN or an infinity; its training diverged."

@@ -74,6 +74,16 @@ class PackedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.scheme}"
 
 
+def _linear(model: Any, name: str) -> nn.Linear:
+    try:
+        found = model.get_submodule(name)
+    except AttributeError:
+        found = None
+    if not isinstance(found, nn.Linear):
+        raise CheckpointError(f"the checkpoint quantizes {name}, and the model has no such linear.")
+    return found
+
+
 @register_quantizer("qexport")
 class QexportQuantizer(HfQuantizer):
     """Puts PackedLinear where the checkpoint has quantized modules."""
@@ -88,11 +98,9 @@ class QexportQuantizer(HfQuantizer):
                 "from_pretrained loads."
             )
         for name, (scheme, shape) in modules_from_json(config).items():
-            linear = model.get_submodule(name)
-            if tuple(linear.weight.shape) != shape:
-                raise CheckpointError(
-                    f"{name} is {list(shape)} and the model has {list(linear.weight.shape)}."
-                )
+            linear = _linear(model, name)
+            if (linear.out_features, linear.in_features) != shape:
+                raise CheckpointError(f"{name} is {list(shape)}, and the model has {linear}.")
             with torch.device("meta"):
                 packed = PackedLinear(scheme, shape, linear.bias is not None)
             model.set_submodule(name, packed)

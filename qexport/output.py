@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -37,7 +38,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def mark(folder: Path, kind: str, **fields: Any) -> None:
     """Write the file that makes a folder ours, so that a later command may replace it."""
-    files = sorted({path.name for path in folder.iterdir()} | {MARKER})
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    files = sorted(names | {MARKER})
     write_json(folder / MARKER, {"qexport": __version__, "kind": kind, "files": files, **fields})
 
 
@@ -118,26 +120,51 @@ def resumable_folder(target: Path, kind: str, fingerprint: str) -> Iterator[Path
     check_writable(target, kind)
     target = target.absolute()
     working = target.with_name(f".{target.name}.packing")
-    try:
-        working.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _cannot_create(target, error) from error
-    with disk_errors(target), (working / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"another qexport is writing {target}; wait for it or choose another -o."
-            ) from error
+    with disk_errors(target), _locked(working, target):
         try:
             _begin(working, fingerprint)
             yield working
+            check_writable(target, kind)  # a long time has passed
             for hidden in working.glob(".*"):
                 hidden.unlink()
             replace_folder(working, target)
         except (Exception, KeyboardInterrupt):
-            shutil.rmtree(working, ignore_errors=True)
+            if (working / ".fingerprint").exists() or not any(working.glob("[!.]*")):
+                shutil.rmtree(working, ignore_errors=True)
             raise
+
+
+@contextlib.contextmanager
+def _locked(working: Path, target: Path) -> Iterator[None]:
+    """Hold the lock in the folder `working`, which is made if it is not there."""
+    while True:
+        try:
+            working.mkdir(parents=True, exist_ok=True)
+            lock = (working / ".lock").open("w")
+        except FileNotFoundError:  # another process has just finished with the folder
+            if not working.parent.is_dir():
+                raise
+            continue
+        except OSError as error:
+            raise _cannot_create(target, error) from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(
+                    f"another qexport is writing {target}; wait for it or choose another -o."
+                ) from error
+            if not _same_file(lock.fileno(), working / ".lock"):
+                continue  # it was the lock of a folder that has moved since
+            yield
+            return
+
+
+def _same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:
+        return False
 
 
 def _cannot_create(target: Path, error: OSError) -> QexportError:
@@ -146,6 +173,8 @@ def _cannot_create(target: Path, error: OSError) -> QexportError:
 
 def _begin(working: Path, fingerprint: str) -> None:
     stamp = working / ".fingerprint"
+    if not stamp.exists() and any(path.name != ".lock" for path in working.iterdir()):
+        raise InputError(f"{working} stands in the way and is not ours; move it away.")
     if not stamp.is_file() or stamp.read_text(encoding="utf-8") != fingerprint:
         for path in working.iterdir():
             if path.name == ".lock":

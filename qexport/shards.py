@@ -110,7 +110,7 @@ class ShardReader:
         path = self.folder / _INDEX
         try:
             files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path} is damaged; fetch the checkpoint again.") from error
         if not isinstance(files, dict) or not all(_plain_name(file) for file in files.values()):
             raise CheckpointError(f"{path} names files outside its folder; do not trust it.")
@@ -132,6 +132,8 @@ def _open(path: Path) -> Any:
             head = file.read(8)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; fetch the checkpoint again.") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
     if len(head) == 8:
         (length,) = struct.unpack("<Q", head)
         if length > min(size - 8, _LARGEST_HEADER):

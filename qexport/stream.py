@@ -39,12 +39,10 @@ class FileWriter:
         self._files: dict[str, BinaryIO] = {}
         for plan in plans:
             path = folder / plan.name
-            new = not path.exists()
-            file = path.open("wb" if new else "r+b", buffering=0)
-            if new:
-                file.write(plan.header)
-                file.truncate(plan.size)
+            file = path.open("r+b" if path.exists() else "w+b", buffering=0)
             self._files[plan.name] = file
+            file.truncate(plan.size)  # a file that is there already has this size and header
+            _write_all(file, memoryview(plan.header), 0)
 
     def write(self, name: str, tensor: Tensor) -> int:
         """Write the bytes of a tensor and return their number."""
@@ -52,9 +50,7 @@ class FileWriter:
         data = as_bytes(tensor)
         if len(data) != length:
             raise AssertionError(f"{name} was planned with {length} bytes and has {len(data)}")
-        done = 0
-        while done < length:  # one call writes at most 2 GiB
-            done += os.pwrite(self._files[file].fileno(), data[done:], offset + done)
+        _write_all(self._files[file], data, offset)
         return length
 
     def sync(self) -> None:
@@ -68,6 +64,12 @@ class FileWriter:
     def __exit__(self, *_: object) -> None:
         for file in self._files.values():
             file.close()
+
+
+def _write_all(file: BinaryIO, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):  # one call writes at most 2 GiB
+        done += os.pwrite(file.fileno(), data[done:], offset + done)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

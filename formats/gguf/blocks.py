@@ -104,7 +104,7 @@ def half(scales: Tensor) -> Tensor:
 
 def _planes(codes: Tensor, width: int) -> Tensor:
     """uint8 [..., p, m] as bytes [..., m]: plane j stands at bit j * width."""
-    lanes = codes.contiguous().view(torch.int64)
+    lanes = _lanes(codes)
     packed = lanes[..., 0, :].clone()
     for j in range(1, codes.shape[-2]):
         packed |= lanes[..., j, :] << (j * width)
@@ -113,14 +113,30 @@ def _planes(codes: Tensor, width: int) -> Tensor:
 
 def _unplanes(packed: Tensor, width: int, planes: int) -> Tensor:
     """Undo `_planes`: bytes [..., m] to uint8 [..., planes, m]."""
-    lanes = packed.contiguous().view(torch.int64)
+    lanes = _lanes(packed)
     mask = int.from_bytes(bytes([(1 << width) - 1] * 8), "little")
     parts = [(lanes >> (j * width)) & mask for j in range(planes)]
     return torch.stack(parts, dim=-2).view(torch.uint8)
 
 
+def _lanes(values: Tensor) -> Tensor:
+    """uint8 [..., m] as int64 [..., m / 8], copied where its memory is not aligned for that."""
+    flat = values.reshape(-1)
+    if flat.storage_offset() % 8 or not flat.is_contiguous():
+        flat = flat.clone()
+    return flat.view(torch.int64).view(*values.shape[:-1], values.shape[-1] // 8)
+
+
+def _no_negative(scales: Tensor) -> None:
+    """A negative step and a minimum make zeros of the other sign."""
+    if bool((scales < 0).any()):
+        raise ValueError("a negative scale does not go with a minimum to the bit")
+
+
 def _halves(values: Tensor) -> Tensor:
-    """float16 [...] as bytes [..., 2]."""
+    """float16 [...] as bytes [..., 2]. Raises ValueError beyond its range."""
+    if not bool(values.to(torch.float16).isfinite().all()):
+        raise ValueError("a scale is beyond the range of float16")
     return values.to(torch.float16).contiguous().unsqueeze(-1).view(torch.uint8)
 
 
@@ -227,6 +243,7 @@ class Q4_1(Block):
     holds, natural = (INT4,), None
 
     def encode(self, grid: Grid, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+        _no_negative(scales)
         zero = grid.middle if zeros is None else zeros.float()
         minimum = (scales.float() * -zero).to(torch.float16)
         if not bool(minimum.isfinite().all()):
@@ -277,6 +294,7 @@ class Q2_K(Block):
     holds, natural = (SEQ2, INT2, UINT2), None
 
     def encode(self, grid: Grid, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+        _no_negative(scales)
         step, minima = scales, _filled(codes, 0x21, 16)
         if grid == SEQ2:
             step, minima = half(scales), _filled(codes, 0x32, 16)
@@ -344,6 +362,7 @@ class Q4_K(Block):
 
     def encode(self, grid: Grid, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
         assert zeros is not None
+        _no_negative(scales)
         d = _halves(scales)
         stream = _planes(codes.reshape(*codes.shape[:2], 4, 2, 32), 4).flatten(-2)
         return torch.cat((d, d, _one_and_minimum(zeros), stream), dim=-1)
@@ -360,6 +379,7 @@ class Q5_K(Block):
     holds, natural = (INT5,), None
 
     def encode(self, grid: Grid, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+        _no_negative(scales)
         shape = codes.shape[:2]
         d = _halves(scales)
         minimum = torch.full(shape, int(grid.middle), dtype=torch.uint8)

@@ -8,7 +8,7 @@
 
 Strings are a uint64 length and UTF-8; arrays a uint32 element type, a uint64 count and elements. A
 file is somebody else's: every length is compared with what the file has left before it is used,
-and nothing is allocated that the file's own size does not pay for.
+and strings are made only when they are asked for.
 """
 
 import mmap
@@ -76,7 +76,7 @@ def _payload(kind: str, value: Any) -> bytes:
 
 
 def _string(text: str) -> bytes:
-    data = text.encode()
+    data = text.encode(errors="replace")
     return struct.pack("<Q", len(data)) + data
 
 
@@ -123,6 +123,10 @@ class GgufFile:
             counts = self._read_counts(cursor)
             self._raw = self._read_pairs(cursor, counts[1])
             self.tensors = self._read_infos(cursor, counts[0])
+        offsets = sorted({info.offset for info in self.tensors.values()})
+        if len(offsets) != len(self.tensors):
+            raise self.damaged("two tensors stand at one place")
+        self._ends = dict(zip(offsets, [*offsets[1:], self.size], strict=True))
 
     def __contains__(self, key: object) -> bool:
         return key in self._raw
@@ -157,6 +161,8 @@ class GgufFile:
         info = self.tensors[name]
         if size > self.size - info.offset:
             raise self.damaged(f"{name} wants {size} bytes and the file ends before")
+        if size > self._ends[info.offset] - info.offset:
+            raise self.damaged(f"{name} overlaps the tensor after it")
         return np.memmap(self.path, np.uint8, "c", info.offset, size)
 
     def damaged(self, why: str) -> CheckpointError:

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from qexport.checkpoint import Entry, Modules, modules_from_json
 from qexport.errors import CheckpointError
+from qexport.formats.base import EMBEDDINGS
 from qexport.formats.gguf.blocks import BY_ID, Block, Decoded
 from qexport.formats.gguf.container import GgufFile, TensorInfo
 from qexport.formats.gguf.names import Rows, to_gguf
 from qexport.grid import Grid, Scheme
 from qexport.tensor import QuantizedTensor
 
-__all__ = ["DENSE_IDS", "EMBEDDINGS", "ROWS", "SCHEMES", "entry_of", "schemes_of"]
+__all__ = ["DENSE_IDS", "ROWS", "SCHEMES", "entry_of", "schemes_of"]
 
 SCHEMES = "qexport.config_groups"
-EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 ROWS = 1 << 22  # weights that are encoded or decoded at a time
 _DENSE = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 DENSE_IDS = {dtype: number for number, dtype in _DENSE.items()}
@@ -103,7 +103,8 @@ def _decoded(file: GgufFile, name: str, block: Block, shape: tuple[int, int]) ->
         chunk = data[first * blocks * block.bytes : last * blocks * block.bytes]
         raw = torch.from_numpy(chunk).view(last - first, blocks, block.bytes)
         decoded = block.decode(raw)
-        if not bool(decoded.step.isfinite().all()):
+        minimum = decoded.step if decoded.minimum is None else decoded.minimum
+        if not bool((decoded.step.isfinite() & minimum.isfinite()).all()):
             raise file.damaged(f"{name} has a scale that is not finite")
         parts.append(decoded)
     return parts

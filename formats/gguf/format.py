@@ -21,21 +21,28 @@ from qexport.checkpoint import (
     read_config,
 )
 from qexport.errors import CheckpointError, InputError, RefusedError
-from qexport.formats.base import Format, Layout, Options, Plan, ReadBack, Verdict
+from qexport.formats.base import EMBEDDINGS, Format, Layout, Options, Plan, ReadBack, Verdict
 from qexport.formats.gguf.blocks import BLOCKS, BY_ID, Block, round_to_q6_k, round_to_q8_0
 from qexport.formats.gguf.container import GgufFile, Value, plan_file
 from qexport.formats.gguf.entries import (
     DENSE_IDS,
-    EMBEDDINGS,
     ROWS,
     SCHEMES,
     entry_of,
     schemes_of,
 )
-from qexport.formats.gguf.hparams import config_of, family_of, hparams, rope_tensors, rows_of
+from qexport.formats.gguf.hparams import (
+    ROPE_TENSORS,
+    config_of,
+    family_of,
+    hparams,
+    rope_tensors,
+    rows_of,
+)
 from qexport.formats.gguf.names import Rows, from_gguf, to_gguf
 from qexport.formats.gguf.vocabulary import tokenizer_of, vocabulary
 from qexport.grid import Grid, Scheme
+from qexport.stream import as_bytes
 from qexport.tensor import QuantizedTensor
 from qexport.version import __version__
 
@@ -43,7 +50,6 @@ __all__ = ["Gguf"]
 
 _FILE = "model.gguf"
 _DENSE_FILE_TYPES = {0: 0, 1: 1, 30: 32}
-_OUR_EXTRA = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _ROUNDED = {"q8_0": round_to_q8_0, "q6_k": round_to_q6_k}
 
 
@@ -89,7 +95,7 @@ class Gguf(Format):
         return Verdict(holder, block.name, None, block.bits_per_weight, bound)
 
     def layout(self, source: Checkpoint, plan: Plan, options: Options) -> Layout:
-        family_of(source.config)
+        _check_tensors(source)
         if options.embeddings in _ROUNDED and not options.allow_lossy:
             raise RefusedError(
                 f"--embeddings {options.embeddings} rounds them; --allow-lossy lets it."
@@ -97,18 +103,16 @@ class Gguf(Format):
         tensors: dict[str, tuple[int, tuple[int, ...], int]] = {}
         for name, entry in source.entries.items():
             theirs = to_gguf(name)
-            if theirs is None:
-                raise RefusedError(f"gguf has no name for {name}; native holds it.")
+            assert theirs is not None
             verdict = plan.get(module_of(name)) if entry.scheme else None
             tensors[theirs] = _place(name, entry, verdict, options)
         extra = rope_tensors(source.config)
         tensors.update({n: (0, tuple(t.shape), 4 * t.numel()) for n, t in extra.items()})
         metadata = _metadata(source, plan, tensors)
         rows = rows_of(source.config)
-        config = {key: v for key, v in source.config.items() if key != "quantization_config"}
         return Layout(
             [plan_file(_FILE, metadata, tensors)],
-            {"config.json": config},
+            {"config.json": source.config},
             extra,
             partial(_encode, rows, options),
             partial(_reopen, rows),
@@ -125,7 +129,7 @@ class Gguf(Format):
         entries = {}
         for theirs, info in file.tensors.items():
             name = from_gguf(theirs)
-            if name is None and theirs not in _OUR_EXTRA:
+            if name is None and theirs not in ROPE_TENSORS:
                 raise CheckpointError(f"{file.path} has the tensor {theirs[:80]!r}, unknown here.")
             if name is not None:
                 entries[name] = entry_of(file, name, info, rows, schemes.pop(module_of(name), None))
@@ -145,7 +149,23 @@ class Gguf(Format):
             **hparams(source.config),
             **vocabulary(source.folder, int(source.config["vocab_size"])),
         }
-        return [key for key, value in expected.items() if file.raw(key) != value.encode()]
+        arch = family_of(source.config).arch
+        said = {key for key in file if key.startswith((f"{arch}.", "tokenizer."))}
+        found = [key for key in said | set(expected) if not _says(file, key, expected.get(key))]
+        factors = rope_tensors(source.config)
+        there = {*factors, *(name for name in ROPE_TENSORS if name in file.tensors)}
+        found += [n for n in there if n not in factors or not _holds(file, n, factors[n])]
+        return sorted(found)
+
+
+def _says(file: GgufFile, key: str, value: Value | None) -> bool:
+    return value is not None and file.raw(key) == value.encode()
+
+
+def _holds(file: GgufFile, name: str, values: Tensor) -> bool:
+    if name not in file.tensors or file.tensors[name].shape != tuple(values.shape):
+        return False
+    return bytes(file.data(name, 4 * values.numel())) == bytes(as_bytes(values))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -184,6 +204,21 @@ def _no_block(scheme: Scheme, group: int, options: Options) -> str:
         f"gguf{where} wants groups of a multiple of {size} inputs for {scheme.grid.name}, and "
         f"these have {group}"
     )
+
+
+def _check_tensors(source: Checkpoint) -> None:
+    """Refuse tensors that llama.cpp would leave out, or a head that it would not look for."""
+    family = family_of(source.config)
+    for name in source:
+        module, _, leaf = name.rpartition(".")
+        if to_gguf(name) is None or (leaf == "bias" and not module.endswith(family.biases)):
+            raise RefusedError(f"gguf has no place for {name} in {family.arch}; native holds it.")
+    tied = bool(source.config.get("tie_word_embeddings", False))
+    if tied == ("lm_head.weight" in source):
+        raise RefusedError(
+            f"config.json says tie_word_embeddings {tied}, and there is "
+            f"{'a' if tied else 'no'} lm_head.weight; llama.cpp goes by the tensor."
+        )
 
 
 def _place(
@@ -284,6 +319,8 @@ def _encode(
         return {theirs: torch.cat(rounded)}
     dtype = _dense_dtype(name, ordered.dtype, tuple(ordered.shape), options)
     stored = ordered.to(dtype)
+    if bool(stored.isfinite().all()) < bool(ordered.isfinite().all()):
+        raise RefusedError(f"{name} has values beyond the range of {dtype}; native holds them.")
     if not options.allow_lossy and not torch.equal(stored.to(ordered.dtype), ordered):
         raise RefusedError(
             f"{name} does not fit {dtype} exactly; --allow-lossy rounds it.".replace("torch.", "")
@@ -322,8 +359,10 @@ def _reopen(rows: Rows, folder: Path) -> ReadBack:
 
 def _checked_config(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
     """The config.json beside a file, once the file's metadata says the same."""
-    for key, value in hparams(config).items():
-        if key in file and file.raw(key) != value.encode():
+    expected = hparams(config)
+    scaling = f"{family_of(config).arch}.rope.scaling."
+    for key in {*expected, *(key for key in file if key.startswith(scaling))} & {*file}:
+        if not _says(file, key, expected.get(key)):
             raise CheckpointError(
                 f"{file.path} and the config.json beside it differ in {key}; remove the one that "
                 "does not belong."

@@ -10,9 +10,25 @@ from qexport.errors import CheckpointError, RefusedError
 from qexport.formats.gguf.container import GgufFile, Value
 from qexport.formats.gguf.names import FAMILIES, Family, Rows
 
-__all__ = ["config_of", "family_of", "hparams", "rope_tensors", "rows_of"]
+__all__ = ["ROPE_TENSORS", "config_of", "family_of", "hparams", "rope_tensors", "rows_of"]
 
-_FACTOR_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_PLAIN_ROPE = {"rope_type", "rope_theta"}
+_LENGTH = "original_max_position_embeddings"
+_ROPE_KEYS = {
+    "default": {*_PLAIN_ROPE, "factor"},
+    "linear": {*_PLAIN_ROPE, "factor"},
+    "yarn": {*_PLAIN_ROPE, "factor", _LENGTH},
+    "llama3": {*_PLAIN_ROPE, "factor", "low_freq_factor", "high_freq_factor", _LENGTH},
+    "longrope": {
+        *_PLAIN_ROPE,
+        "factor",
+        "long_factor",
+        "short_factor",
+        "attention_factor",
+        _LENGTH,
+    },
+}
 
 
 def family_of(config: dict[str, Any]) -> Family:
@@ -38,10 +54,11 @@ def rows_of(config: dict[str, Any]) -> Rows:
 def hparams(config: dict[str, Any]) -> dict[str, Value]:
     """The metadata that llama.cpp builds a model from. Raises RefusedError for what it lacks."""
     arch = family_of(config).arch
+    _check_known(config)
     heads, hidden = _whole(config, "num_attention_heads"), _whole(config, "hidden_size")
     head_dim = _whole(config, "head_dim", hidden // heads)
     values = {
-        "context_length": Value("u32", _whole(config, "max_position_embeddings")),
+        "context_length": Value("u32", _context(config)),
         "embedding_length": Value("u32", hidden),
         "block_count": Value("u32", _whole(config, "num_hidden_layers")),
         "feed_forward_length": Value("u32", _whole(config, "intermediate_size")),
@@ -63,6 +80,28 @@ def hparams(config: dict[str, Any]) -> dict[str, Value]:
     return {f"{arch}.{key}": value for key, value in values.items()}
 
 
+def _check_known(config: dict[str, Any]) -> None:
+    """Refuse what changes a model's values and llama.cpp does not compute for these families."""
+    activation = config.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise RefusedError(f"llama.cpp computes silu here, and this model has {activation!r}.")
+    if config.get("use_sliding_window"):
+        raise RefusedError("llama.cpp has no sliding window here; native holds the model.")
+    rope = _rope(config)
+    given = {key for key, value in rope.items() if value is not None}
+    unknown = given - _ROPE_KEYS[rope["rope_type"]] if rope["rope_type"] in _ROPE_KEYS else set()
+    if unknown:
+        raise RefusedError(f"gguf does not say the rotary parameter {min(unknown)}; native does.")
+
+
+def _context(config: dict[str, Any]) -> int:
+    """Positions; Mistral's window ends them, since llama.cpp has none there."""
+    longest = _whole(config, "max_position_embeddings")
+    if config.get("model_type") == "mistral" and config.get("sliding_window") is not None:
+        return min(longest, _whole(config, "sliding_window"))
+    return longest
+
+
 def rope_tensors(config: dict[str, Any]) -> dict[str, Tensor]:
     """Tensors of factors that scale rotary frequencies, by their names in GGUF."""
     rope = _rope(config)
@@ -71,10 +110,22 @@ def rope_tensors(config: dict[str, Any]) -> dict[str, Tensor]:
         return {"rope_freqs.weight": _llama3_factors(config, rope)}
     if kind == "longrope":
         return {
-            f"rope_factors_{length}.weight": torch.tensor(rope[f"{length}_factor"]).float()
+            f"rope_factors_{length}.weight": _factors(config, rope.get(f"{length}_factor"))
             for length in ("long", "short")
         }
     return {}
+
+
+def _factors(config: dict[str, Any], values: Any) -> Tensor:
+    count = _head_dim(config) // 2
+    if not isinstance(values, list) or len(values) != count:
+        raise CheckpointError(f"config.json wants {count} rotary factors of either length.")
+    return torch.tensor([_finite("a rotary factor", value) for value in values])
+
+
+def _head_dim(config: dict[str, Any]) -> int:
+    heads, hidden = _whole(config, "num_attention_heads"), _whole(config, "hidden_size")
+    return _whole(config, "head_dim", hidden // heads)
 
 
 def config_of(file: GgufFile) -> dict[str, Any]:
@@ -112,7 +163,10 @@ def config_of(file: GgufFile) -> dict[str, Any]:
     if arch == "minicpm":
         config["scale_emb"] = file.number("minicpm.embedding_scale")
         config["scale_depth"] = file.number("minicpm.residual_scale") * math.sqrt(layers)
-        config["dim_model_base"] = hidden / file.number("minicpm.logit_scale")
+        scale = file.number("minicpm.logit_scale")
+        if not scale > 0:
+            raise file.damaged(f"minicpm.logit_scale is {scale}")
+        config["dim_model_base"] = hidden / scale
     for token in ("bos", "eos"):
         key = f"tokenizer.ggml.{token}_token_id"
         if key in file:
@@ -135,7 +189,8 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"config.json has the rotary parameters {found!r}.")
     rope = dict(found)
     rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
-    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
+    kind = rope.pop("type", None)
+    rope["rope_type"] = str(rope.get("rope_type") or kind or "default")
     return rope
 
 
@@ -153,8 +208,22 @@ def _rope_scaling(config: dict[str, Any]) -> dict[str, Value]:
             values["rope.scaling.original_context_length"] = _original_length(config, rope)
         return values
     if kind == "longrope":
-        return {"rope.scaling.original_context_length": _original_length(config, rope)}
+        return {
+            "rope.scaling.original_context_length": _original_length(config, rope),
+            "rope.scaling.attn_factor": Value("f32", _attention_factor(config, rope)),
+        }
     raise RefusedError(f"gguf has no rotary scaling of type {kind!r}; native holds the model.")
+
+
+def _attention_factor(config: dict[str, Any], rope: dict[str, Any]) -> float:
+    """What longrope multiplies sines and cosines by (transformers, `rope_type: longrope`)."""
+    if rope.get("attention_factor") is not None:
+        return _finite("attention_factor", rope["attention_factor"])
+    original = int(_original_length(config, rope).value)
+    factor = rope.get("factor") or _whole(config, "max_position_embeddings") / original
+    if _finite("factor", factor) <= 1 or original < 2:
+        return 1.0
+    return math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 def _original_length(config: dict[str, Any], rope: dict[str, Any]) -> Value:
@@ -182,7 +251,7 @@ def _rope_of(file: GgufFile, arch: str) -> dict[str, Any]:
 
 def _check_factors(file: GgufFile, config: dict[str, Any]) -> None:
     """Recognise Llama 3's rotary factors; refuse others, which config.json would have to say."""
-    present = [name for name in _FACTOR_TENSORS if name in file.tensors]
+    present = [name for name in ROPE_TENSORS if name in file.tensors]
     if not present:
         return
     if present == ["rope_freqs.weight"] and file.tensors[present[0]].type == 0:
@@ -209,11 +278,12 @@ def _check_factors(file: GgufFile, config: dict[str, Any]) -> None:
 
 def _llama3_factors(config: dict[str, Any], rope: dict[str, Any]) -> Tensor:
     """What Llama 3.1 divides each rotary frequency by (transformers, `rope_type: llama3`)."""
-    heads, hidden = _whole(config, "num_attention_heads"), _whole(config, "hidden_size")
-    dim = _whole(config, "head_dim", hidden // heads)
-    theta, factor = float(rope["rope_theta"]), float(rope["factor"])
-    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-    original = int(rope["original_max_position_embeddings"])
+    dim = _head_dim(config)
+    theta, factor = (_finite(key, rope.get(key)) for key in ("rope_theta", "factor"))
+    low, high = (_finite(key, rope.get(key)) for key in ("low_freq_factor", "high_freq_factor"))
+    original = _whole(rope, "original_max_position_embeddings")
+    if not 0 < low < high or factor <= 0 or theta <= 0:
+        raise CheckpointError(f"config.json has the rotary parameters {rope!r}.")
     frequencies = 1.0 / theta ** (torch.arange(0, dim, 2).float() / dim)
     turns = original * frequencies / (2 * math.pi)
     smooth = ((turns - low) / (high - low)).clamp(0, 1)

@@ -19,21 +19,26 @@ __all__ = ["FAMILIES", "Family", "Rows", "from_gguf", "to_gguf"]
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: `arch` is llama.cpp's word, `model_type` and `model_class` transformers'."""
+    """A model family: `arch` is llama.cpp's word, `model_type` and `model_class` transformers'.
+
+    biases  endings of the modules whose bias llama.cpp reads
+    """
 
     arch: str
     model_type: str
     model_class: str
     permuted: bool
+    biases: tuple[str, ...] = ()
 
 
+_QKV = ("q_proj", "k_proj", "v_proj")
 # By model_type; the first of an arch is what a GGUF file of it is read as.
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", "llama", "LlamaForCausalLM", True),
+        Family("llama", "llama", "LlamaForCausalLM", True, ("_proj",)),
         Family("llama", "mistral", "MistralForCausalLM", True),
-        Family("qwen2", "qwen2", "Qwen2ForCausalLM", False),
+        Family("qwen2", "qwen2", "Qwen2ForCausalLM", False, _QKV),
         Family("qwen3", "qwen3", "Qwen3ForCausalLM", False),
         Family("minicpm", "minicpm", "MiniCPMForCausalLM", True),
     )

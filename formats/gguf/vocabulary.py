@@ -2,12 +2,13 @@
 
 Two kinds are known: byte-level BPE (`gpt2`), where llama.cpp has the splitting of text compiled in
 under a name (`tokenizer.ggml.pre`), and SentencePiece's BPE with byte fallback (`llama`). A
-tokenizer that llama.cpp would split otherwise is refused, not approximated.
+tokenizer whose parts llama.cpp does not have is refused. Two things it does otherwise are let pass:
+it does not normalize to NFC, and it merges SentencePiece's pieces by the score of the whole.
 """
 
 import json
 import re
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ _SPLITS = {
     "qwen2": _CL100K.replace("{%s}", ""),
 }
 _SPACE = "▁"
+_MOST_MERGES = 1 << 20  # four times what the largest vocabularies known have
 
 
 def vocabulary(folder: Path, size: int) -> dict[str, Value]:
@@ -36,16 +38,31 @@ def vocabulary(folder: Path, size: int) -> dict[str, Value]:
 
     Raises RefusedError where llama.cpp has no such tokenizer, CheckpointError for none at all.
     """
+    try:
+        return _vocabulary(folder, size)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise CheckpointError(
+            f"{folder}/tokenizer.json is not what the tokenizers library writes ({error!r})."
+        ) from error
+
+
+def _vocabulary(folder: Path, size: int) -> dict[str, Value]:
     spec = _read(folder / "tokenizer.json")
     if spec is None:
         raise CheckpointError(
             f"{folder} has no tokenizer.json, which gguf carries inside; save the tokenizer with "
             "transformers' save_pretrained first."
         )
-    config = _read(folder / "tokenizer_config.json") or {}
+    config = {
+        **(_read(folder / "special_tokens_map.json") or {}),
+        **(_read(folder / "tokenizer_config.json") or {}),
+    }
     model = spec.get("model") or {}
     if model.get("type") != "BPE":
         raise _unknown(f"a {model.get('type')} tokenizer")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(key):
+            raise _unknown(key)
     tokens, types = _tokens(spec, size)
     pre = _pre_tokenizer(spec)
     values = {
@@ -113,6 +130,8 @@ def _tokens(spec: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
         index: (token, _NORMAL) for token, index in spec["model"]["vocab"].items()
     }
     for added in spec.get("added_tokens") or []:
+        if added.get("lstrip") or added.get("rstrip") or added.get("single_word"):
+            raise _unknown(f"the token {added['content']!r} takes in what stands beside it")
         by_id[added["id"]] = (added["content"], _CONTROL if added["special"] else _USER)
     if by_id and max(by_id) >= size:
         raise CheckpointError(
@@ -128,7 +147,8 @@ def _pre_tokenizer(spec: dict[str, Any]) -> str | None:
     kinds = [step.get("type") for step in steps]
     normalizers = [step.get("type") for step in _flat(spec.get("normalizer"), "normalizers")]
     if "ByteLevel" not in kinds:
-        if spec["model"].get("byte_fallback") and kinds in ([], ["Metaspace"]):
+        spaces = all(kind in ("Prepend", "Replace") for kind in normalizers)
+        if spec["model"].get("byte_fallback") and kinds in ([], ["Metaspace"]) and spaces:
             return None
         raise _unknown(f"splitting by {', '.join(map(str, kinds)) or 'nothing'}")
     last = steps[-1]
@@ -136,14 +156,19 @@ def _pre_tokenizer(spec: dict[str, Any]) -> str | None:
         raise _unknown("a space before the text")
     if normalizers not in ([], ["NFC"]):
         raise _unknown(f"normalization by {', '.join(map(str, normalizers))}")
+    if spec["model"].get("ignore_merges") and kinds != ["Split", "ByteLevel"]:
+        raise _unknown("whole words before merges")
     if kinds == ["ByteLevel"] and last.get("use_regex", True):
         return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
+    digits = kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits")
+    if digits and last.get("use_regex", True):
         return "smollm"
     if kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True):
         pattern = (steps[0].get("pattern") or {}).get("Regex")
+        plain = steps[0].get("behavior") == "Isolated" and not steps[0].get("invert")
+        whole_words = bool(spec["model"].get("ignore_merges"))
         for name, regex in _SPLITS.items():
-            if pattern == regex:
+            if pattern == regex and plain and whole_words == (name == "llama-bpe"):
                 return name
     raise _unknown(f"splitting by {', '.join(map(str, kinds))}")
 
@@ -188,12 +213,20 @@ def _special(folder: Path, config: dict[str, Any], tokens: list[str]) -> dict[st
     for name, theirs in names.items():
         token = config.get(f"{name}_token")
         text = token.get("content") if isinstance(token, dict) else token
-        if text in tokens:
-            values[f"tokenizer.ggml.{theirs}_token_id"] = Value("u32", tokens.index(text))
+        index = tokens.index(text) if text in tokens else _config_id(folder, name)
+        if index is not None and 0 <= index < len(tokens):
+            values[f"tokenizer.ggml.{theirs}_token_id"] = Value("u32", index)
     adds_bos, adds_eos = _adds_special(folder, tokens, values)
     values["tokenizer.ggml.add_bos_token"] = Value("bool", adds_bos)
     values["tokenizer.ggml.add_eos_token"] = Value("bool", adds_eos)
     return values
+
+
+def _config_id(folder: Path, name: str) -> int | None:
+    """An id that only the model's config names; the first where it names several."""
+    found = (_read(folder / "config.json") or {}).get(f"{name}_token_id")
+    first = found[0] if isinstance(found, list) and found else found
+    return first if type(first) is int else None
 
 
 def _adds_special(folder: Path, tokens: list[str], values: dict[str, Value]) -> tuple[bool, bool]:
@@ -212,16 +245,22 @@ def _adds_special(folder: Path, tokens: list[str], values: dict[str, Value]) -> 
     return bool(before), bool(after)
 
 
-@cache
+@lru_cache(2)
 def _backend(path: Path, _: int) -> "Tokenizer":
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(path))
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises its errors as bare Exceptions
+        raise CheckpointError(f"{path} is damaged ({error}).") from error
 
 
 def _template(folder: Path, config: dict[str, Any]) -> dict[str, Value]:
     path = folder / "chat_template.jinja"
     found = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
+    if isinstance(found, list):  # several by name
+        named = {one.get("name"): one.get("template") for one in found}
+        found = named.get("default")
     return {"tokenizer.chat_template": Value("str", found)} if isinstance(found, str) else {}
 
 
@@ -279,6 +318,8 @@ def _merges_of(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, st
             if piece[:cut] in vocab and piece[cut:] in vocab
         ]
         found += [(-scores[index], *pair) for pair in pairs]
+        if len(found) > _MOST_MERGES:
+            raise CheckpointError(f"its pieces come together in more than {_MOST_MERGES} ways.")
     return [(left, right) for *_, left, right in sorted(found)]
 
 

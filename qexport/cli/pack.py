@@ -63,6 +63,7 @@ def command(
     the folder appears.
     """
     from qexport.formats import Options, format_named, open_checkpoint
+    from qexport.formats.card import vllm_reads
     from qexport.formats.pack import holdings, pack, plan
 
     target = format_named(format)
@@ -70,6 +71,7 @@ def command(
     source = open_checkpoint(run)
     if dry_run:
         verdicts = plan(source, target, options)
+        target.layout(source, verdicts, options)  # what it cannot say is refused now, too
         held = holdings(source, verdicts)
         if as_json:
             print_json({"format": format, "held": held})
@@ -88,3 +90,4 @@ def command(
         f"({report.bits_per_weight:.4g} bits per weight)"
     )
     click.echo(report.verification.describe())
+    click.echo(vllm_reads(format, report.verdicts))

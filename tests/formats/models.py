@@ -23,7 +23,8 @@ def tensor(grid: str, out: int, inputs: int, group: int | None, seed: int = 0) -
     scales = portable(torch.rand(out, groups, generator=generator) + 0.01).half()
     zeros = None
     if not scheme.symmetric:
-        zeros = torch.randint(0, levels, (out, groups), generator=generator).to(torch.uint8)
+        # from 1: version 1 of GPTQ has no zero point of 0
+        zeros = torch.randint(1, levels, (out, groups), generator=generator).to(torch.uint8)
     return QuantizedTensor(codes, scales, scheme, zeros)
 
 
@@ -55,7 +56,9 @@ def decoder_layer(model: Path, grid: str, inputs: int, group: int | None) -> Che
         "num_key_value_heads": 4,
         "head_dim": inputs // 4,
     }
-    tensors: Tensors = {"model.embed_tokens.weight": torch.randn(260, inputs).bfloat16()}
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.randint(-9, 9, (260, inputs), generator=generator) / 64
+    tensors: Tensors = {"model.embed_tokens.weight": embedding.bfloat16()}
     layer = "model.layers.0"
     names = ["self_attn." + name for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
     names += ["mlp." + name for name in ("gate_proj", "up_proj", "down_proj")]

@@ -1,6 +1,7 @@
 """Files made to do harm: each is refused with an error of ours, by every reader it concerns."""
 
 import json
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -165,7 +166,9 @@ def test_tensors_cut_short(tiny_model: Path, tmp_path: Path, form: str) -> None:
 def test_patterns_that_take_for_ever(tiny_model: Path, tmp_path: Path) -> None:
     folder = packed(tiny_model, tmp_path / "out", "compressed-tensors")
     config = json.loads((folder / "config.json").read_text())
-    for pattern in ("(a+)+$", "((a|aa)*)*b", "(.*a){20}", "[", "a" * 300, "(model.*)*x"):
+    patterns = ["(a+)+$", "((a|aa)*)*b", "(.*a){20}", "[", "a" * 600, "(model.*)*x", "(a|aa)+$"]
+    patterns += ["a?" * 30 + "a" * 30, "(.*|a)b", "(a)(b)"]
+    for pattern in patterns:
         (group,) = config["quantization_config"]["config_groups"].values()
         group["targets"] = [f"re:{pattern}"]
         (folder / "config.json").write_text(json.dumps(config))
@@ -211,3 +214,54 @@ def test_mutated_checkpoints() -> None:
     assert longest < 2
     assert outcomes["CheckpointError"] > 1000
     assert outcomes["opened"] > 500
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fits"),
+    [
+        (".*" * 200 + "Z", False),
+        (".*q_proj", True),
+        (".*self_attn\\.(q|k|v)_proj$", True),
+        ("^model.layers.0.*", True),
+        (".*(gate|up)_proj$", False),
+        ("q_proj", False),
+        ("model.*q_pro$", False),
+        ("modelxlayers", False),
+        ("model.layers", True),
+        ("model\\.layers", True),
+        ("model-.layers", False),
+    ],
+)
+def test_patterns_that_are_usual(pattern: str, fits: bool) -> None:
+    from qexport.formats.compressed_tensors import _matches
+
+    module = "model.layers.0.self_attn.q_proj"
+    assert _matches(pattern, module) is fits
+    if "Z" not in pattern:
+        assert (re.match(pattern, module) is not None) is fits
+
+
+def test_tensors_over_one_another(tmp_path: Path) -> None:
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(gguf_bytes(infos=info("a", (8,)) + info("b", (8,)), info_count=2))
+    with pytest.raises(CheckpointError, match="two tensors stand at one place"):
+        GgufFile(path)
+    path.write_bytes(
+        gguf_bytes(infos=info("a", (16,)) + info("b", (8,), 0, 32), info_count=2, data=96)
+    )
+    with pytest.raises(CheckpointError, match="a overlaps the tensor after it"):
+        GgufFile(path).data("a", 64)
+
+
+@pytest.mark.parametrize("block", ["Q2_K", "Q4_1"])
+def test_gguf_minima_that_are_not_finite(block: str) -> None:
+    from qexport.formats.gguf.blocks import BLOCKS
+
+    raw = torch.zeros(1, 1, BLOCKS[block].bytes, dtype=torch.uint8)
+    place = {"Q2_K": 82, "Q4_1": 2}[block]
+    raw[..., place : place + 2] = torch.tensor([0x00, 0x7C], dtype=torch.uint8)
+    if block == "Q2_K":
+        raw[..., :16] = 0x11
+    decoded = BLOCKS[block].decode(raw)
+    assert decoded.minimum is not None
+    assert not bool(decoded.minimum.isfinite().all())

@@ -488,3 +488,99 @@ def test_tokenizers_that_llama_cpp_lacks_are_refused(
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(RefusedError, match=r"llama.cpp has no tokenizer like this one"):
         vocabulary(tmp_path, 260)
+
+
+# --- what the proof covers ------------------------------------------------------------------------
+
+
+def rewritten(path: Path, extra: dict[str, Value]) -> None:
+    """The file again with more metadata, tensors and their places as they were."""
+    file = GgufFile(path)
+    names = list(file.tensors)
+    ends = sorted([*(i.offset for i in file.tensors.values()), path.stat().st_size])
+    sizes = {
+        n: ends[ends.index(file.tensors[n].offset) + 1] - file.tensors[n].offset for n in names
+    }
+    held = {n: bytes(file.data(n, sizes[n])) for n in names}
+
+    class Raw(Value):
+        def encode(self) -> bytes:
+            data: bytes = self.value
+            return data
+
+    metadata = {**{key: Raw("raw", file.raw(key)) for key in file}, **extra}
+    infos = {n: (file.tensors[n].type, file.tensors[n].shape, sizes[n]) for n in names}
+    plan = plan_file(path.name, metadata, infos)
+    data = bytearray(plan.header) + bytes(plan.size - len(plan.header))
+    for name, (start, size) in plan.slots.items():
+        data[start : start + size] = held[name]
+    path.write_bytes(data)
+
+
+def test_metadata_that_was_added_is_found(runs: Runs, tmp_path: Path) -> None:
+    source = open_checkpoint(runs("4"))
+    pack(source, GGUF, tmp_path / "out")
+    path = tmp_path / "out" / "model.gguf"
+    rewritten(path, {})
+    assert verify(source, open_checkpoint(tmp_path / "out")).exact
+    rewritten(path, {"tokenizer.ggml.add_sep_token": Value("bool", True)})
+    report = verify(source, open_checkpoint(tmp_path / "out"))
+    assert report.differing_files == ["tokenizer.ggml.add_sep_token"]
+    rewritten(path, {"llama.rope.scaling.factor": Value("f32", 8.0)})
+    with pytest.raises(CheckpointError, match=r"differ in llama.rope.scaling.factor"):
+        open_checkpoint(tmp_path / "out")
+
+
+def test_rotary_factors_are_verified(tiny_model: Path, tmp_path: Path) -> None:
+    source = decoder_layer(tiny_model, "int4", 64, 32)
+    source.config["rope_parameters"] = {
+        "rope_theta": 10000.0,
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    pack(source, GGUF, tmp_path / "out")
+    path = tmp_path / "out" / "model.gguf"
+    assert verify(source, open_checkpoint(tmp_path / "out")).exact
+    place = GgufFile(path).tensors["rope_freqs.weight"].offset
+    data = bytearray(path.read_bytes())
+    data[place : place + 4] = struct.pack("<f", 3.0)
+    path.write_bytes(data)
+    report = verify(source, open_checkpoint(tmp_path / "out"))
+    assert report.differing_files == ["rope_freqs.weight"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"hidden_act": "gelu"}, "computes silu here"),
+        ({"use_sliding_window": True}, "no sliding window here"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}}, "parameter mscale"),
+        ({"tie_word_embeddings": False}, "there is no lm_head.weight"),
+    ],
+)
+def test_models_that_llama_cpp_computes_otherwise_are_refused(
+    tiny_model: Path, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    source = decoder_layer(tiny_model, "int4", 64, 32)
+    source.config.update(change)
+    if "rope_scaling" in change:
+        source.config.pop("rope_parameters", None)
+    with pytest.raises(RefusedError, match=said):
+        pack(source, GGUF, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_ids_that_only_the_config_names(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copyfile(tiny_model / "tokenizer.json", tmp_path / "tokenizer.json")
+    assert "tokenizer.ggml.eos_token_id" not in vocabulary(tmp_path, 260)
+    (tmp_path / "config.json").write_text('{"eos_token_id": [256, 7]}')
+    assert vocabulary(tmp_path, 260)["tokenizer.ggml.eos_token_id"].value == 256
+
+
+def test_one_block_alone_is_read(tmp_path: Path) -> None:
+    for block in BLOCKS.values():
+        raw = random_blocks(block, 1, 1, 5)
+        assert block.decode(torch.from_numpy(raw)).codes.shape == (1, block.size)

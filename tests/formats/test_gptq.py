@@ -139,6 +139,18 @@ def test_float32_scales_are_refused_or_rounded_when_asked(runs: Runs, tmp_path: 
     assert pack(source, FORMATS["native"], tmp_path / "native").exact
 
 
+def test_zero_points_of_zero_want_version_2(tmp_path: Path) -> None:
+    """Engines add 1 to whole words of version 1, so that a wrapped 0 carries into the next."""
+    layer = tensor("uint4", 32, 64, 32)
+    assert layer.zeros is not None
+    layer.zeros[3, 1] = 0
+    source = checkpoint(tmp_path, {"a.weight": layer})
+    with pytest.raises(RefusedError, match=r"a has zero points of 0.*gptq_v2"):
+        pack(source, FORMATS["gptq"], tmp_path / "out")
+    for form in ("gptq_v2", "awq", "compressed-tensors", "humming", "native"):
+        assert pack(source, FORMATS[form], tmp_path / form).exact
+
+
 def test_shapes_that_words_do_not_divide_are_refused(tmp_path: Path) -> None:
     for shape, what in (((32, 48), "48 inputs"), ((48, 32), "48 outputs")):
         source = checkpoint(tmp_path, {"a.weight": tensor("int4", *shape, None)})

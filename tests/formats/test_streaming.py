@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from qexport.checkpoint import Checkpoint, Entry
-from qexport.errors import InputError
-from qexport.formats import FORMATS, open_checkpoint
+from qexport.errors import InputError, VerificationError
+from qexport.formats import FORMATS, Options, open_checkpoint
 from qexport.formats import pack as pack_module
 from qexport.formats.pack import pack
-from qexport.formats.verify import verify
+from qexport.formats.verify import compare, verify
 from qexport.shards import Parts, ShardReader, plan_shards
 from qexport.stream import FileWriter
 from tests.conftest import Cli, Runs
@@ -92,8 +92,12 @@ def test_a_torn_journal_is_read_to_its_tear(
     journal = tmp_path / ".out.packing" / ".journal"
     journal.write_bytes(journal.read_bytes()[:-20])
     second: list[str] = []
-    assert pack(counting(source, second, None), FORMATS["native"], tmp_path / "out").exact
+    with pytest.raises(SystemExit):  # killed again: what is written now is read, too
+        pack(counting(source, second, 5), FORMATS["native"], tmp_path / "out")
     assert second[0] == first[-1]
+    third: list[str] = []
+    assert pack(counting(source, third, None), FORMATS["native"], tmp_path / "out").exact
+    assert not set(third) & {*first[:-1], *second}
 
 
 def test_sigkill_of_the_command(cli: Cli, runs: Runs, tmp_path: Path) -> None:
@@ -124,6 +128,54 @@ def test_two_packers_do_not_share_a_folder(runs: Runs, tmp_path: Path) -> None:
 
     first = Meanwhile(source.folder, source.layout, source.config, source.entries)
     assert pack(first, FORMATS["native"], tmp_path / "out").exact
+
+
+def test_a_header_cut_short_by_a_kill_is_written_again(runs: Runs, tmp_path: Path) -> None:
+    source = open_checkpoint(runs("2"))
+    first: list[str] = []
+    with pytest.raises(SystemExit):
+        pack(counting(source, first, 0), FORMATS["native"], tmp_path / "out")
+    (tmp_path / ".out.packing" / "model.safetensors").write_bytes(b"")
+    assert pack(source, FORMATS["native"], tmp_path / "out").exact
+
+
+def test_what_is_not_ours_is_left_alone(runs: Runs, tmp_path: Path) -> None:
+    source = open_checkpoint(runs("2"))
+    (tmp_path / ".out.packing").mkdir()
+    (tmp_path / ".out.packing" / "thesis.tex").write_text("mine")
+    with pytest.raises(InputError, match="stands in the way"):
+        pack(source, FORMATS["native"], tmp_path / "out")
+    assert (tmp_path / ".out.packing" / "thesis.tex").read_text() == "mine"
+
+    class Meanwhile(Checkpoint):
+        def __getitem__(self, name: str) -> object:  # type: ignore[override]
+            (tmp_path / "other").mkdir(exist_ok=True)
+            (tmp_path / "other" / "thesis.tex").write_text("mine")
+            return super().__getitem__(name)
+
+    late = Meanwhile(source.folder, source.layout, source.config, source.entries)
+    with pytest.raises(InputError, match="was not written by qexport"):
+        pack(late, FORMATS["native"], tmp_path / "other")
+    assert (tmp_path / "other" / "thesis.tex").read_text() == "mine"
+
+
+def test_a_record_is_judged_by_its_own_promise(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One tensor that reads back otherwise is enough, with leave to round embeddings too."""
+    source = open_checkpoint(runs("4"))
+    honest = compare
+
+    def otherwise(name: str, mine: object, theirs: object) -> object:
+        if name == "model.norm.weight" and isinstance(theirs, torch.Tensor):
+            theirs = theirs + 1
+        return honest(name, mine, theirs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pack_module, "compare", otherwise)
+    options = Options(embeddings="q8_0", allow_lossy=True)
+    with pytest.raises(VerificationError, match=r"first in model\.norm\.weight"):
+        pack(source, FORMATS["gguf"], tmp_path / "out", options)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.fixture

@@ -104,3 +104,50 @@ def test_another_run_is_not_this_one(runs: Runs, packed: tuple[Path, Path]) -> N
     _, out = packed
     report = check(runs("3"), out)
     assert report.differing_codes == report.weights
+
+
+@pytest.mark.parametrize(
+    ("form", "change"),
+    [
+        ("gptq", {"desc_act": True}),
+        ("gptq", {"dynamic": {"-:.*q_proj.*": {}}}),
+        ("gptq", {"lm_head": True}),
+        ("awq", {"modules_to_not_convert": ["q_proj"]}),
+        ("compressed-tensors", {"ignore": ["lm_head", "re:.*q_proj"]}),
+        ("compressed-tensors", {"kv_cache_scheme": {"num_bits": 8}}),
+        ("humming", {"ignore": ["q_proj"]}),
+    ],
+)
+def test_words_that_engines_act_on_are_compared(
+    runs: Runs, tmp_path: Path, form: str, change: dict[str, object]
+) -> None:
+    """Codes may all be right, and an engine still be told to leave out a layer."""
+    source = open_checkpoint(runs("4"))
+    pack(source, FORMATS[form], tmp_path / "out")
+    assert verify(source, open_checkpoint(tmp_path / "out")).exact
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"].update(change)
+    path.write_text(json.dumps(config))
+    report = verify(source, open_checkpoint(tmp_path / "out"))
+    assert not report.exact
+    (key,) = change
+    assert any(f"({key})" in name for name in report.differing_files)
+
+
+def test_a_side_file_is_compared(runs: Runs, tmp_path: Path) -> None:
+    source = open_checkpoint(runs("4"))
+    pack(source, FORMATS["gptq"], tmp_path / "out")
+    path = tmp_path / "out" / "quantize_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "bits": 8}))
+    report = verify(source, open_checkpoint(tmp_path / "out"))
+    assert report.differing_files == ["quantize_config.json (bits)"]
+
+
+def test_a_lone_gguf_file_is_verified(runs: Runs, tmp_path: Path) -> None:
+    source = open_checkpoint(runs("4"))
+    pack(source, FORMATS["gguf"], tmp_path / "out")
+    lone = tmp_path / "lone.gguf"
+    (tmp_path / "out" / "model.gguf").rename(lone)
+    assert verify(source, open_checkpoint(lone)).exact
+    assert not verify(open_checkpoint(runs("4", 64)), open_checkpoint(lone)).exact
