@@ -26,10 +26,10 @@ from qexport.checkpoint import (
 from qexport.errors import CheckpointError, RefusedError
 from qexport.formats.base import Format, Layout, Options, Plan, ReadBack, Verdict
 from qexport.grid import Scheme, dtype_name
-from qexport.shards import Parts, ShardReader, plan_shards
+from qexport.shards import Parts, ShardReader, part_bytes, plan_shards
 from qexport.tensor import QuantizedTensor
 
-__all__ = ["FolderFormat", "dense_linears", "group_size_of", "part_bytes", "single_scheme"]
+__all__ = ["FolderFormat", "dense_linears", "group_size_of", "single_scheme"]
 
 
 class FolderFormat(Format):
@@ -249,12 +249,3 @@ def group_size_of(
                 f"{groups} groups in {inputs} inputs."
             )
     return None if groups == 1 else size
-
-
-def part_bytes(part: tuple[torch.dtype, tuple[int, ...]]) -> int:
-    """Bytes of one tensor in a file."""
-    dtype, shape = part
-    count = dtype.itemsize
-    for side in shape:
-        count *= side
-    return count

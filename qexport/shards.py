@@ -15,7 +15,7 @@ from qexport.errors import CheckpointError
 from qexport.output import write_json
 from qexport.stream import FilePlan, FileWriter
 
-__all__ = ["Parts", "ShardReader", "ShardWriter", "plan_shards"]
+__all__ = ["Parts", "ShardReader", "ShardWriter", "part_bytes", "plan_shards"]
 
 Parts = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape of tensors by name
 
@@ -172,7 +172,7 @@ def plan_shards(
     shards: list[Parts] = [{}]
     filled = 0
     for name, (dtype, shape) in parts.items():
-        size = _bytes(dtype, shape)
+        size = part_bytes((dtype, shape))
         if shards[-1] and filled + size > shard_bytes:
             shards.append({})
             filled = 0
@@ -196,7 +196,7 @@ def _plan_file(file: str, shard: Parts) -> FilePlan:
     offset = 0
     for name in sorted(shard, key=lambda name: (-shard[name][0].itemsize, name)):
         dtype, shape = shard[name]
-        size = _bytes(dtype, shape)
+        size = part_bytes(shard[name])
         span = [offset, offset + size]
         header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": span}
         places[name] = (offset, size)
@@ -208,7 +208,9 @@ def _plan_file(file: str, shard: Parts) -> FilePlan:
     return FilePlan(file, struct.pack("<Q", len(text)) + text, slots, start + offset)
 
 
-def _bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+def part_bytes(part: tuple[torch.dtype, tuple[int, ...]]) -> int:
+    """Bytes of one tensor in a file."""
+    dtype, shape = part
     return math.prod(shape) * dtype.itemsize
 
 

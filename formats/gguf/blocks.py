@@ -30,7 +30,7 @@ from qexport.grid import (
     Grid,
 )
 
-__all__ = ["BLOCKS", "BY_ID", "Block", "Decoded", "half", "round_to_q6_k", "round_to_q8_0"]
+__all__ = ["BLOCKS", "BY_ID", "Q6_K", "Block", "Decoded"]
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Block(ABC):
         return self.holds[0].bits
 
 
-def half(scales: Tensor) -> Tensor:
+def _half(scales: Tensor) -> Tensor:
     """float16 scales halved. Raises ValueError where that loses a bit."""
     halves = scales / 2
     if not torch.equal(halves * 2, scales):
@@ -161,7 +161,7 @@ class Q1_0(Block):
     def encode(self, grid: Grid, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
         out, blocks, _ = codes.shape
         stream = bits.pack(codes.view(-1, self.size), 1).view(out, blocks, -1)
-        return torch.cat((_halves(half(scales)), stream), dim=-1)
+        return torch.cat((_halves(_half(scales)), stream), dim=-1)
 
     def decode(self, raw: Tensor) -> Decoded:
         stream = raw[..., 2:].reshape(-1, 16)
@@ -297,7 +297,7 @@ class Q2_K(Block):
         _no_negative(scales)
         step, minima = scales, _filled(codes, 0x21, 16)
         if grid == SEQ2:
-            step, minima = half(scales), _filled(codes, 0x32, 16)
+            step, minima = _half(scales), _filled(codes, 0x32, 16)
         elif zeros is not None:
             minima = (zeros << 4 | 1).unsqueeze(-1).expand(*codes.shape[:2], 16)
         stream = _planes(codes.reshape(*codes.shape[:2], 2, 4, 32), 2).flatten(-2)
@@ -438,32 +438,3 @@ BLOCKS: dict[str, Block] = {
     )
 }
 BY_ID = {block.id: block for block in BLOCKS.values()}
-
-
-def round_to_q8_0(weight: Tensor) -> Tensor:
-    """Nearest Q8_0 blocks of a dense matrix [out, in], the largest weight of a block at 127."""
-    blocks = weight.float().view(weight.shape[0], -1, 32)
-    scales = (blocks.abs().amax(-1) / 127).to(torch.float16)
-    codes = _nearest(blocks, scales.float(), 127) + 128
-    return BLOCKS["Q8_0"].encode(INT8, codes.to(torch.uint8), scales, None)
-
-
-def round_to_q6_k(weight: Tensor) -> Tensor:
-    """Nearest Q6_K blocks of a dense matrix [out, in], the largest weight of 16 at 31 or nearby."""
-    shape = (weight.shape[0], weight.shape[1] // 256)
-    groups = weight.float().view(*shape, 16, 16)
-    ideal = groups.abs().amax(-1) / 31
-    scales = (ideal.amax(-1) / 127).to(torch.float16)
-    factors = _nearest(ideal, scales.float(), 127)
-    codes = _nearest(groups, scales.float().unsqueeze(-1) * factors, 31) + 32
-    block = BLOCKS["Q6_K"]
-    assert isinstance(block, Q6_K)
-    whole = codes.to(torch.uint8).view(*shape, 256)
-    return block.assemble(whole, factors.to(torch.int8).view(torch.uint8), scales)
-
-
-def _nearest(values: Tensor, steps: Tensor, largest: int) -> Tensor:
-    """values / steps to the nearest whole number, at most `largest`; 0 where a step is 0."""
-    steps = steps.unsqueeze(-1)
-    ratio = torch.where(steps == 0, torch.zeros_like(values), values / steps)
-    return ratio.round().clamp(-largest, largest)

@@ -22,7 +22,7 @@ from qexport.checkpoint import (
 )
 from qexport.errors import CheckpointError, InputError, RefusedError
 from qexport.formats.base import EMBEDDINGS, Format, Layout, Options, Plan, ReadBack, Verdict
-from qexport.formats.gguf.blocks import BLOCKS, BY_ID, Block, round_to_q6_k, round_to_q8_0
+from qexport.formats.gguf.blocks import BLOCKS, BY_ID, Block
 from qexport.formats.gguf.container import GgufFile, Value, plan_file
 from qexport.formats.gguf.entries import (
     DENSE_IDS,
@@ -40,6 +40,7 @@ from qexport.formats.gguf.hparams import (
     rows_of,
 )
 from qexport.formats.gguf.names import Rows, from_gguf, to_gguf
+from qexport.formats.gguf.rounding import round_to_q6_k, round_to_q8_0
 from qexport.formats.gguf.vocabulary import tokenizer_of, vocabulary
 from qexport.grid import Grid, Scheme
 from qexport.stream import as_bytes

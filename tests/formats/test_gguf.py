@@ -19,10 +19,11 @@ from transformers import PreTrainedTokenizerFast
 
 from qexport.errors import CheckpointError, InputError, RefusedError
 from qexport.formats import FORMATS, Options, open_checkpoint
-from qexport.formats.gguf.blocks import BLOCKS, Block, round_to_q6_k, round_to_q8_0
+from qexport.formats.gguf.blocks import BLOCKS, Block
 from qexport.formats.gguf.container import GgufFile, Value, plan_file
 from qexport.formats.gguf.hparams import config_of, hparams, rope_tensors
 from qexport.formats.gguf.names import Rows, from_gguf, to_gguf
+from qexport.formats.gguf.rounding import round_to_q6_k, round_to_q8_0
 from qexport.formats.gguf.vocabulary import tokenizer_of, vocabulary
 from qexport.formats.pack import pack
 from qexport.formats.verify import verify

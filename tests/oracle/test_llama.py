@@ -10,12 +10,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from qexport.checkpoint import Checkpoint
+from qexport.checkpoint import Checkpoint, Entry
 from qexport.data import documents
 from qexport.formats import FORMATS, Options, open_checkpoint
 from qexport.formats.pack import pack
 from qexport.modelling import load_tokenizer
 from qexport.runtime.loader import load_model
+from qexport.tensor import QuantizedTensor
 from qexport.tiny import write_tiny_model
 from qexport.train import TrainConfig, train
 from tests.oracle.install import FOLDER
@@ -224,11 +225,32 @@ def test_families_in_llama_cpp(tmp_path: Path, kind: str) -> None:
 
 
 def test_minicpm_in_llama_cpp(tmp_path: Path) -> None:
-    """transformers has no MiniCPM; with neutral scales it computes what a Llama does."""
-    llama_like = rounded(family(tmp_path / "model", "Mistral"), "int8", 32)
-    scales = {"scale_emb": 1.0, "scale_depth": 2**0.5, "dim_model_base": 128}
-    config = {**llama_like.config, **scales, "model_type": "minicpm"}
-    source = Checkpoint(llama_like.folder, "run", config, llama_like.entries)
+    """transformers has no MiniCPM; it is a Llama with embeddings, residuals and logits scaled."""
+    plain = rounded(family(tmp_path / "model", "Mistral"), "int8", 32)
+    head = Entry((260, 128), torch.bfloat16, lambda: plain.dense("model.embed_tokens.weight"))
+    entries = {**plain.entries, "lm_head.weight": head}
+    config = {**plain.config, "tie_word_embeddings": False}
+    scales = {"scale_emb": 2.0, "scale_depth": 0.5 * 2**0.5, "dim_model_base": 64}
+    minicpm = {**config, **scales, "model_type": "minicpm"}
+    source = Checkpoint(plain.folder, "run", minicpm, entries)
     pack(source, FORMATS["gguf"], tmp_path / "out")
     ids = [one[: 2 * POSITIONS] for one in prose(source.folder)]
+    llama_like = Checkpoint(
+        plain.folder, "run", config, {n: folded(n, e) for n, e in entries.items()}
+    )
     assert_agrees(llama_like, tmp_path / "out", ids, tmp_path, least_top=0.9)
+
+
+def folded(name: str, entry: Entry) -> Entry:
+    """MiniCPM's scales of the test above, folded into a Llama's weights."""
+
+    def load() -> torch.Tensor | QuantizedTensor:
+        tensor = entry.load()
+        if isinstance(tensor, QuantizedTensor):
+            if not name.endswith(("o_proj.weight", "down_proj.weight")):
+                return tensor
+            return QuantizedTensor(tensor.codes, tensor.scales / 2, tensor.scheme)
+        factors = {"model.embed_tokens.weight": 2.0, "lm_head.weight": 0.5}
+        return tensor * factors.get(name, 1.0)
+
+    return Entry(entry.shape, entry.dtype, load, entry.scheme, entry.stored_bytes)
