@@ -140,13 +140,12 @@ def _locked(working: Path, target: Path) -> Iterator[None]:
     while True:
         try:
             working.mkdir(parents=True, exist_ok=True)
-            lock = (working / ".lock").open("w")
-        except FileNotFoundError:  # another process has just finished with the folder
-            if not working.parent.is_dir():
-                raise
-            continue
         except OSError as error:
             raise _cannot_create(target, error) from error
+        try:
+            lock = (working / ".lock").open("w")
+        except FileNotFoundError:  # another process has just finished with the folder
+            continue
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
