@@ -5,6 +5,7 @@ read back through the format's own reader and compared; only then is it entered 
 killed pack goes on after the last entry.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -112,7 +113,11 @@ def _write(
     source: Checkpoint, verdicts: Plan, layout: Layout, folder: Path
 ) -> dict[str, dict[str, Any]]:
     """Write and read back every tensor; returns hash, bytes and counts of each by name."""
-    with FileWriter(folder, layout.files) as writer, ThreadPoolExecutor(1) as hasher:
+    with (
+        _one_thread(),
+        FileWriter(folder, layout.files) as writer,
+        ThreadPoolExecutor(1) as hasher,
+    ):
         for name, own in layout.extra.items():
             writer.write(name, own)
         read_back = layout.reopen(folder)
@@ -125,6 +130,18 @@ def _write(
             journal.add(name, record)
         journal.flush()
         return journal.records
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch to one thread: its pieces of work are short, and on a machine with other work
+    the threads wait for one another three times as long as they work (docs/log.md)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _write_one(

@@ -36,7 +36,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     rows, n = codes.shape
     out = torch.empty(rows, packed_bytes(n, bits), dtype=torch.uint8, device=codes.device)
     for part in _row_chunks(rows, n):
-        block = torch.nn.functional.pad(codes[part], (0, -n % 8))
+        block = _padded(codes[part], 8)
         # flattened first: a side of 1 may have any stride, which `view` would trip over
         lanes = block.reshape(-1).view(torch.int64).view(block.shape[0], -1)
         for step in (1, 2, 4):
@@ -58,12 +58,18 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     rows = packed.shape[0]
     out = torch.empty(rows, count, dtype=torch.uint8, device=packed.device)
     for part in _row_chunks(rows, count):
-        block = torch.nn.functional.pad(packed[part], (0, -packed.shape[1] % bits))
+        block = _padded(packed[part], bits)
         lanes = _widen(block.reshape(-1).view(block.shape), bits)
         for step in (4, 2, 1):
             lanes = _scatter(lanes, step * bits, 8 * step)
         out[part] = lanes.view(torch.uint8)[:, :count]
     return out
+
+
+def _padded(rows: Tensor, multiple: int) -> Tensor:
+    """Rows with zeros after them up to a multiple; themselves where nothing is wanting."""
+    wanting = -rows.shape[1] % multiple
+    return torch.nn.functional.pad(rows, (0, wanting)) if wanting else rows
 
 
 def _gather(lanes: Tensor, field: int, stride: int) -> Tensor:

@@ -320,6 +320,8 @@ def _encode(
         return {theirs: torch.cat(rounded)}
     dtype = _dense_dtype(name, ordered.dtype, tuple(ordered.shape), options)
     stored = ordered.to(dtype)
+    if stored is ordered:
+        return {theirs: stored}
     if bool(stored.isfinite().all()) < bool(ordered.isfinite().all()):
         raise RefusedError(f"{name} has values beyond the range of {dtype}; native holds them.")
     if not options.allow_lossy and not torch.equal(stored.to(ordered.dtype), ordered):

@@ -76,11 +76,6 @@ def prose(folder: Path) -> list[list[int]]:
     return [tokenizer.encode(" ".join(texts))[: 4 * POSITIONS]]
 
 
-@pytest.fixture(scope="module")
-def four_bits(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return trained(tmp_path_factory.mktemp("four") / "run", "4", 20)
-
-
 def test_smollm2_int4_in_llama_cpp(four_bits: Checkpoint, tmp_path: Path) -> None:
     in_llama_cpp(four_bits, "Q4_0", tmp_path)
 

@@ -17,7 +17,7 @@ from qexport.modelling import load_tokenizer
 from qexport.tiny import write_tiny_model
 from qexport.train import TrainConfig, train
 from tests.oracle.install import FOLDER
-from tests.oracle.models import dense_twin, smollm2, trained
+from tests.oracle.models import dense_twin, smollm2
 
 pytestmark = [
     pytest.mark.oracle,
@@ -84,12 +84,6 @@ def test_seq_2_bit_embedded_in_4_bit_gptq(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """SmolLM2 after 20 steps of training at 4 bits, groups of 64."""
-    return trained(tmp_path_factory.mktemp("four") / "run", "4", 20)
-
-
-@pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
     """20 held-out texts of 48 tokens to score, then 20 questions to answer."""
     tokenizer = load_tokenizer(smollm2())
@@ -107,18 +101,18 @@ def prompts() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def twin(
-    run: Checkpoint, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory
+    four_bits: Checkpoint, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory
 ) -> Any:
     """What vLLM says of the dequantized weights as a dense checkpoint."""
     scratch = tmp_path_factory.mktemp("twin")
-    return vllm(dense_twin(run, scratch / "dense"), prompts, scratch / "run", 16)
+    return vllm(dense_twin(four_bits, scratch / "dense"), prompts, scratch / "run", 16)
 
 
 @pytest.mark.parametrize("form", ["gptq", "awq", "compressed-tensors"])
 def test_smollm2_in_vllm(
-    tmp_path: Path, run: Checkpoint, prompts: list[list[int]], twin: Any, form: str
+    tmp_path: Path, four_bits: Checkpoint, prompts: list[list[int]], twin: Any, form: str
 ) -> None:
-    assert pack(run, FORMATS[form], tmp_path / "out").exact
+    assert pack(four_bits, FORMATS[form], tmp_path / "out").exact
     served = vllm(tmp_path / "out", prompts, tmp_path / "run", 16)
     mine, theirs = (torch.tensor(side["scores"][:20]) for side in (served, twin))
     difference = float((mine - theirs).abs().mean())
