@@ -191,6 +191,11 @@ def _rounded_minimum(scheme: Scheme, group: int) -> list[tuple[Block, Grid, floa
     return [(block, scheme.grid, 0.51 + scales)]
 
 
+def _keeps_grid(verdict: Verdict) -> bool:
+    """Whether blocks give their codes' grid back; one with a rounded minimum is read as dense."""
+    return verdict.holder is not None and verdict.holder.grid in BLOCKS[verdict.stored].holds
+
+
 def _no_block(scheme: Scheme, group: int, options: Options) -> str:
     asked = [word for word in (options.block, options.bits and f"{options.bits} bits") if word]
     where = f" at {' and '.join(map(str, asked))}" if asked else ""
@@ -270,7 +275,7 @@ def _metadata(
     modules: Modules = {
         module: (verdict.holder, source.modules[module][1])
         for module, verdict in plan.items()
-        if verdict.holder is not None and verdict.stored != "Q4_1"
+        if verdict.holder is not None and _keeps_grid(verdict)
     }
     schemes = {"version": CONFIG_VERSION, "config_groups": modules_to_json(modules)}
     config = source.config
@@ -353,7 +358,7 @@ def _reopen(rows: Rows, folder: Path) -> ReadBack:
     def read_back(name: str, _: Entry, verdict: Verdict | None) -> Tensor | QuantizedTensor:
         info = file.tensors[to_gguf(name) or name]
         known = None
-        if verdict is not None and verdict.holder is not None and verdict.stored != "Q4_1":
+        if verdict is not None and verdict.holder is not None and _keeps_grid(verdict):
             known = verdict.holder, (info.shape[0], info.shape[1])
         return entry_of(file, name, info, rows, known).load()
 

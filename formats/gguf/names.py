@@ -70,22 +70,23 @@ _BLOCK = re.compile(r"blk\.(\d{1,6})\.(.+)", re.ASCII)
 
 def to_gguf(name: str) -> str | None:
     """`blk.0.attn_q.weight` for `model.layers.0.self_attn.q_proj.weight`; None for others."""
-    module, _, leaf = name.rpartition(".")
-    layer = _LAYER.fullmatch(module)
-    found = _INNER.get(layer[2]) if layer else _OUTER.get(module)
-    if found is None or leaf not in ("weight", "bias"):
-        return None
-    return f"blk.{layer[1]}.{found}.{leaf}" if layer else f"{found}.{leaf}"
+    return _renamed(name, _LAYER, "blk", _INNER, _OUTER)
 
 
 def from_gguf(name: str) -> str | None:
     """Undo `to_gguf`."""
+    return _renamed(name, _BLOCK, "model.layers", _INNER_BACK, _OUTER_BACK)
+
+
+def _renamed(
+    name: str, layer: re.Pattern[str], prefix: str, inner: dict[str, str], outer: dict[str, str]
+) -> str | None:
     module, _, leaf = name.rpartition(".")
-    block = _BLOCK.fullmatch(module)
-    found = _INNER_BACK.get(block[2]) if block else _OUTER_BACK.get(module)
+    match = layer.fullmatch(module)
+    found = inner.get(match[2]) if match else outer.get(module)
     if found is None or leaf not in ("weight", "bias"):
         return None
-    return f"model.layers.{block[1]}.{found}.{leaf}" if block else f"{found}.{leaf}"
+    return f"{prefix}.{match[1]}.{found}.{leaf}" if match else f"{found}.{leaf}"
 
 
 @dataclass(frozen=True)

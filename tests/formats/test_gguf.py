@@ -183,9 +183,7 @@ def foreign_file(path: Path, tiny_model: Path, kinds: dict[str, str]) -> dict[st
 
 
 @pytest.mark.parametrize("kind", KNOWN)
-def test_files_of_gguf_py_are_read_to_the_bit(
-    tiny_model: Path, tmp_path: Path, kind: str, cli: Cli
-) -> None:
+def test_files_of_gguf_py_are_read_to_the_bit(tiny_model: Path, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "theirs.gguf"
     expected = foreign_file(
         path, tiny_model, {"all": kind, "embed": "Q8_0", "mlp.down_proj": "F16"}
@@ -283,6 +281,15 @@ def test_a_type_may_be_named(tiny_model: Path, tmp_path: Path) -> None:
         pack(source, GGUF, tmp_path / "out", Options(block="Q9_9"))
     with pytest.raises(InputError, match="only gguf has them"):
         pack(source, FORMATS["gptq"], tmp_path / "out", Options(block="Q4_0"))
+
+
+def test_a_minimum_that_is_exact_gives_the_grid_back(tiny_model: Path, tmp_path: Path) -> None:
+    """Q4_1 keeps the symmetric grid to the bit, and is read as it; only zero points are rounded."""
+    source = decoder_layer(tiny_model, "int4", 256, 64)
+    assert pack(source, GGUF, tmp_path / "out", Options(block="Q4_1")).exact
+    back = open_checkpoint(tmp_path / "out")
+    assert back.modules == source.modules
+    assert pack(back, FORMATS["native"], tmp_path / "native").exact
 
 
 def test_narrow_layers_fall_back_and_say_so(tiny_model: Path, tmp_path: Path) -> None:
