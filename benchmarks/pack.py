@@ -2,13 +2,15 @@
 
 `python benchmarks/pack.py` writes random 4-bit codes (groups of 128) shard by shard as a native
 checkpoint, packs it through the command line, and measures each pack as a process: wall time to
-the last byte on the disk, and the largest resident set. It takes some 20 GB of disk under --work.
+the last byte on the disk, and the largest resident set. Copy and packs take turns, and the median
+of the rounds is what counts. It takes some 20 GB of disk under --work.
 """
 
 import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -125,7 +127,6 @@ def pack(source: Path, form: str, target: Path) -> dict[str, Any]:
     process.returncode = os.waitstatus_to_exitcode(status)
     shutil.rmtree(target)
     return {
-        "format": form,
         "seconds": seconds,
         "peak_bytes": usage.ru_maxrss * 1024,
         "exact": report["exact"],
@@ -133,11 +134,33 @@ def pack(source: Path, form: str, target: Path) -> dict[str, Any]:
     }
 
 
+def _row(form: str, runs: list[dict[str, Any]], size: int, copied: float) -> dict[str, Any]:
+    """Medians of one format's runs, printed."""
+    times = [run["seconds"] for run in runs]
+    seconds = statistics.median(times)
+    row = {
+        "format": form,
+        "seconds": times,
+        "source_gb_per_s": size / seconds / 1e9,
+        "of_copy": copied / seconds,
+        "peak_bytes": max(run["peak_bytes"] for run in runs),
+        "exact": all(run["exact"] for run in runs),
+        "total_bytes": runs[0]["total_bytes"],
+    }
+    print(
+        f"{form}: {seconds:.1f} s ({', '.join(f'{s:.1f}' for s in times)}), "
+        f"{row['source_gb_per_s']:.2f} GB/s of source, {row['of_copy']:.2f} of cp, "
+        f"peak {row['peak_bytes'] / 1e9:.2f} GB, exact {row['exact']}"
+    )
+    return row
+
+
 def main() -> None:
     """Generate, copy, pack in every format, print and record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("pack-benchmark"))
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     work: Path = arguments.work
     work.mkdir()
@@ -145,22 +168,18 @@ def main() -> None:
         # in a process of its own: a child's peak memory begins with that of its parent
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             size = pool.submit(generate, work / "source", arguments.layers).result()
-        copies = [copy(work / "source", work / "copy")]
-        rows = [pack(work / "source", form, work / "out") for form in FORMATS]
-        copies.append(copy(work / "source", work / "copy"))
-        rate = size / (sum(copies) / len(copies)) / 1e9
+        copies: list[float] = []
+        packs: dict[str, list[dict[str, Any]]] = {form: [] for form in FORMATS}
+        for _ in range(arguments.rounds):
+            copies.append(copy(work / "source", work / "copy"))
+            for form, runs in packs.items():
+                runs.append(pack(work / "source", form, work / "out"))
+        copied = statistics.median(copies)
         print(
-            f"source {size / 1e9:.2f} GB; cp {rate:.2f} GB/s (twice: {copies[0]:.1f} and "
-            f"{copies[1]:.1f} s)"
+            f"source {size / 1e9:.2f} GB; cp {size / copied / 1e9:.2f} GB/s "
+            f"({', '.join(f'{seconds:.1f}' for seconds in copies)} s)"
         )
-        for row in rows:
-            row["source_gb_per_s"] = size / row["seconds"] / 1e9
-            row["of_copy"] = row["source_gb_per_s"] / rate
-            print(
-                f"{row['format']}: {row['seconds']:.1f} s, {row['source_gb_per_s']:.2f} GB/s of "
-                f"source, {row['of_copy']:.2f} of cp, peak {row['peak_bytes'] / 1e9:.2f} GB, "
-                f"exact {row['exact']}"
-            )
+        rows = [_row(form, runs, size, copied) for form, runs in packs.items()]
         result = {"layers": arguments.layers, "source_bytes": size, "copy_s": copies, "rows": rows}
         print(record("pack", result))
     finally:

@@ -1,8 +1,8 @@
 """From a checkpoint to a packed folder: choose holders, stream, prove, then let it be seen.
 
-One tensor is in memory at a time. Each is read, its bytes are put at their place, and the file is
-read back through the format's own reader and compared; only then is it entered in a journal. A
-killed pack goes on after the last entry.
+One tensor is in memory at a time, or two that together are no larger than the largest. Each is
+read, its bytes are put at their place, and the file is read back through the format's own reader
+and compared; only then is it entered in a journal. A killed pack goes on after the last entry.
 """
 
 import contextlib
@@ -11,13 +11,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
+from math import prod
 from pathlib import Path
+from threading import Condition, Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qexport.checkpoint import Checkpoint, module_of
+from qexport.checkpoint import Checkpoint, Entry, module_of
 from qexport.errors import InputError, RefusedError, VerificationError
 from qexport.formats.base import EMBEDDINGS, Format, Layout, Options, Plan, ReadBack, Verdict
 from qexport.formats.card import model_card
@@ -33,6 +35,7 @@ __all__ = ["PackReport", "holdings", "pack", "plan"]
 
 Stored = Tensor | QuantizedTensor
 _SYNC_BYTES = 1 << 28  # at most so much is written again after a kill
+_WORKERS = 2  # while one waits for the disk, the other reckons
 
 
 @dataclass(frozen=True)
@@ -113,23 +116,55 @@ def _write(
     source: Checkpoint, verdicts: Plan, layout: Layout, folder: Path
 ) -> dict[str, dict[str, Any]]:
     """Write and read back every tensor; returns hash, bytes and counts of each by name."""
+    room = _Room(max(_memory(entry) for entry in source.entries.values()))
     with (
         _one_thread(),
         FileWriter(folder, layout.files) as writer,
-        ThreadPoolExecutor(1) as hasher,
+        ThreadPoolExecutor(_WORKERS) as workers,
+        ThreadPoolExecutor(_WORKERS) as hashers,
     ):
         for name, own in layout.extra.items():
             writer.write(name, own)
         read_back = layout.reopen(folder)
         journal = _Journal(folder / ".journal", writer)
-        for name, entry in source.entries.items():
-            if name in journal.records:
-                continue
+
+        def write_one(name: str) -> None:
+            entry = source.entries[name]
             verdict = verdicts.get(module_of(name)) if entry.scheme else None
-            record = _write_one(name, verdict, source, layout, writer, hasher, read_back)
+            with room.taken(_memory(entry)):
+                record = _write_one(name, verdict, source, layout, writer, hashers, read_back)
             journal.add(name, record)
+
+        for _ in workers.map(write_one, [name for name in source if name not in journal.records]):
+            pass
         journal.flush()
         return journal.records
+
+
+def _memory(entry: Entry) -> int:
+    """Bytes of a tensor while it is packed: a code takes one."""
+    return prod(entry.shape) * (1 if entry.scheme else entry.dtype.itemsize)
+
+
+class _Room:
+    """Memory for one tensor of the largest size, or for several that together take no more."""
+
+    def __init__(self, size: int) -> None:
+        self._free = size
+        self._freed = Condition()
+        self._first = Lock()  # held by who waits longest, so that a large tensor's turn comes
+
+    @contextlib.contextmanager
+    def taken(self, size: int) -> Iterator[None]:
+        with self._first, self._freed:
+            self._freed.wait_for(lambda: self._free >= size)
+            self._free -= size
+        try:
+            yield
+        finally:
+            with self._freed:
+                self._free += size
+                self._freed.notify()
 
 
 @contextlib.contextmanager
@@ -150,12 +185,12 @@ def _write_one(
     source: Checkpoint,
     layout: Layout,
     writer: FileWriter,
-    hasher: ThreadPoolExecutor,
+    hashers: ThreadPoolExecutor,
     read_back: ReadBack,
 ) -> dict[str, Any]:
     """Put one tensor at its place and compare what is there; nothing of it stays in memory."""
     tensor = source[name]
-    digest = hasher.submit(_hash, tensor)
+    digest = hashers.submit(_hash, tensor)
     held: Stored = tensor if verdict is None else _recode(tensor, verdict, name)
     parts = layout.encode(name, held, verdict)
     size = sum(writer.write(part, value) for part, value in parts.items())
@@ -175,13 +210,15 @@ class _Journal:
         self._writer = writer
         self._pending: list[str] = []
         self._pending_bytes = 0
+        self._lock = Lock()
 
     def add(self, name: str, record: dict[str, Any]) -> None:
-        self.records[name] = record
-        self._pending.append(json.dumps([name, record]) + "\n")
-        self._pending_bytes += record["bytes"]
-        if self._pending_bytes >= _SYNC_BYTES:
-            self.flush()
+        with self._lock:
+            self.records[name] = record
+            self._pending.append(json.dumps([name, record]) + "\n")
+            self._pending_bytes += record["bytes"]
+            if self._pending_bytes >= _SYNC_BYTES:
+                self.flush()
 
     def flush(self) -> None:
         self._writer.sync()
