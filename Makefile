@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 setup: .venv/.ready
 
-.venv/.ready: pyproject.toml constraints.txt
+.venv/.ready: pyproject.toml setup.py constraints.txt $(wildcard runtime/csrc/cpu/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "qexport needs Python 3.10 or newer")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

@@ -46,6 +46,11 @@ class QuantizedTensor:
         out, inputs = self.codes.shape
         return out, inputs
 
+    def to(self, device: torch.device) -> "QuantizedTensor":
+        """The same codes and scales on `device`."""
+        zeros = None if self.zeros is None else self.zeros.to(device)
+        return QuantizedTensor(self.codes.to(device), self.scales.to(device), self.scheme, zeros)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """`scale * (code - zero)` in float32, rounded once to `dtype`. Returns [out, in]."""
         out, groups = self.scales.shape

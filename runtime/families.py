@@ -1,0 +1,208 @@
+"""What the decoder must know of a model, read from its config.json.
+
+A family is a row of `_FAMILIES`: the transformers config class that checks its fields, and what
+it does that a Llama does not. A model that asks for anything else is left to transformers.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qexport.errors import CheckpointError, InputError
+
+__all__ = ["DecoderConfig", "Rope", "decoder_config"]
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary frequencies: angle = position * inverse_frequency, times `factor` after cos and sin.
+
+    short, long   float32 [rotary_dim / 2]; longrope takes `long` for sequences over `original`
+    """
+
+    short: Tensor
+    long: Tensor
+    original: int
+    factor: float
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and options of a Llama-like decoder.
+
+    attention_scale   of q·k, usually head_dim**-0.5
+    embedding_scale   multiplies embeddings; residual_scale what every block adds; logit_scale
+                      logits (MiniCPM's scale_emb, scale_depth/sqrt(layers), 1/(hidden/base))
+    windows           sliding attention of each layer, 0 for none; rotated: whether it has rope
+    weights           which layer's weights layer i uses (MobileLLM shares neighbours)
+    """
+
+    hidden: int
+    inter: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    context: int
+    eps: float
+    rope: Rope
+    tied: bool
+    windows: tuple[int, ...]
+    rotated: tuple[bool, ...]
+    weights: tuple[int, ...]
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    end_tokens: frozenset[int] = field(default_factory=frozenset)
+
+    @property
+    def layers(self) -> int:
+        return len(self.weights)
+
+    @property
+    def attention_scale(self) -> float:
+        return float(self.head_dim**-0.5)
+
+
+# model_type: the transformers model whose config has the same fields
+_FAMILIES = {
+    "llama": "llama",
+    "mistral": "mistral",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "smollm3": "smollm3",
+    "minicpm": "llama",
+    "minicpm4": "llama",
+    "mobilellm": "llama",
+}
+_ROPES = ("default", "linear", "llama3", "yarn", "longrope")
+_UNTRUSTED = ("model_type", "auto_map", "attn_implementation", "_attn_implementation")
+
+
+def decoder_config(config: dict[str, Any]) -> DecoderConfig | str:
+    """The decoder's view of a config.json, or the reason why this decoder is not for it.
+
+    Raises InputError or CheckpointError for a config of a known family that makes no sense.
+    """
+    family = config.get("model_type")
+    if family not in _FAMILIES:
+        return f"{family!r} is no family of this decoder"
+    checked = _checked(config, _FAMILIES[family])
+    if getattr(checked, "hidden_act", "silu") != "silu":
+        return f"its activation is {checked.hidden_act}, not silu"
+    rope = _rope(checked)
+    if isinstance(rope, str):
+        return rope
+    layers = int(checked.num_hidden_layers)
+    weights = tuple(range(layers))
+    if family == "mobilellm" and config.get("layer_sharing"):
+        weights = tuple(layer for layer in weights for _ in range(2))
+    head_dim = int(getattr(checked, "head_dim", None) or checked.hidden_size // _heads(checked))
+    found = DecoderConfig(
+        hidden=checked.hidden_size,
+        inter=checked.intermediate_size,
+        heads=_heads(checked),
+        kv_heads=getattr(checked, "num_key_value_heads", None) or _heads(checked),
+        head_dim=head_dim,
+        vocabulary=checked.vocab_size,
+        context=checked.max_position_embeddings,
+        eps=checked.rms_norm_eps,
+        rope=rope,
+        tied=bool(config.get("share_embedding", checked.tie_word_embeddings)),
+        windows=tuple(_window(checked, layer) for layer in weights),
+        rotated=tuple(_rotated(checked, layer) for layer in weights),
+        weights=weights,
+        **(_minicpm(config, layers) if family.startswith("minicpm") else {}),
+        end_tokens=_tokens(config.get("eos_token_id")),
+    )
+    _check(found)
+    return found
+
+
+def _checked(config: dict[str, Any], model_type: str) -> Any:
+    from transformers import AutoConfig
+
+    fields = {key: value for key, value in config.items() if key not in _UNTRUSTED}
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except Exception as error:  # config classes check their fields with errors of their own
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(f"config.json makes no {model_type} model ({first}).") from error
+
+
+def _heads(checked: Any) -> int:
+    return int(checked.num_attention_heads)
+
+
+def _rope(checked: Any) -> Rope | str:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = dict(checked.rope_parameters or {})
+    kind = parameters.get("rope_type", "default")
+    if kind not in _ROPES:
+        return f"its positions are of kind {kind!r}"
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        return "only part of a head is rotated"
+    try:
+        if kind == "default":
+            dim = getattr(checked, "head_dim", None) or checked.hidden_size // _heads(checked)
+            powers = torch.arange(0, dim, 2, dtype=torch.float) / dim
+            frequencies = 1.0 / (float(parameters["rope_theta"]) ** powers)
+            return Rope(frequencies, frequencies, 0, 1.0)
+        short, factor = ROPE_INIT_FUNCTIONS[kind](checked)
+        if kind != "longrope":
+            return Rope(short.float(), short.float(), 0, float(factor))
+        original = int(parameters["original_max_position_embeddings"])
+        long, _ = ROPE_INIT_FUNCTIONS[kind](checked, seq_len=original + 1)
+        return Rope(short.float(), long.float(), original, float(factor))
+    except (KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"config.json's rope parameters make no sense ({error}).") from error
+
+
+def _window(checked: Any, layer: int) -> int:
+    kinds = getattr(checked, "layer_types", None)
+    window = getattr(checked, "sliding_window", None) or 0
+    if kinds is not None:
+        return int(window) if kinds[layer] == "sliding_attention" else 0
+    return int(window)
+
+
+def _rotated(checked: Any, layer: int) -> bool:
+    without = getattr(checked, "no_rope_layers", None)  # 1 where there is rope, for all its name
+    return bool(without[layer]) if without else True
+
+
+def _minicpm(config: dict[str, Any], layers: int) -> dict[str, float]:
+    """Hu et al. 2024 (MiniCPM): scaled embeddings, residuals and logits."""
+    try:
+        base = config.get("dim_model_base")
+        return {
+            "embedding_scale": float(config.get("scale_emb", 1.0)),
+            "residual_scale": float(config["scale_depth"]) / math.sqrt(layers)
+            if "scale_depth" in config
+            else 1.0,
+            "logit_scale": float(base) / float(config["hidden_size"]) if base else 1.0,
+        }
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"config.json's MiniCPM scales make no sense ({error}).") from error
+
+
+def _tokens(value: Any) -> frozenset[int]:
+    values = value if isinstance(value, list) else [value]
+    return frozenset(token for token in values if type(token) is int)
+
+
+def _check(found: DecoderConfig) -> None:
+    sizes = (found.hidden, found.inter, found.heads, found.kv_heads, found.head_dim)
+    if min(*sizes, found.vocabulary, found.context, found.layers) < 1:
+        raise CheckpointError("config.json has a size that is not positive.")
+    if found.heads % found.kv_heads:
+        raise CheckpointError(
+            f"config.json has {found.heads} heads and {found.kv_heads} key-value heads, which do "
+            "not divide them."
+        )
+    if found.head_dim % 2:
+        raise CheckpointError(f"config.json has heads of {found.head_dim}, an odd size.")

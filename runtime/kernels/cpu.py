@@ -1,0 +1,126 @@
+"""The CPU kernel: packed codes against int8 activations, or against float32 ones exactly."""
+
+from ctypes import byref, c_void_p
+
+import torch
+from torch import Tensor
+
+from qexport.grid import Scheme
+from qexport.runtime.kernels.base import Kernel, Linear
+from qexport.runtime.kernels.cpu_library import (
+    DTYPES,
+    CpuLinearStruct,
+    default_context,
+    library,
+    pointer,
+)
+from qexport.tensor import QuantizedTensor
+
+__all__ = ["CpuKernel", "CpuLinear"]
+
+_WIDTHS = {1: 1, 2: 2, 3: 3, 4: 4, 8: 8, 5: 8, 6: 8}  # of codes: of the packed ones
+_ACTIVATION_GROUPS = (128, 96, 64, 32)
+_BLOCK = 16  # rows, see layout.cpp
+_PAD = 32  # inputs
+
+
+class CpuLinear(Linear):
+    """A packed or dense weight in memory that C++ reads; `struct` points into it."""
+
+    def __init__(self, struct: CpuLinearStruct, keep: list[Tensor], exact: bool) -> None:
+        self.struct = struct
+        self.out_features, self.in_features = struct.n, struct.k
+        self._keep = keep
+        self._exact = exact
+
+    def matmul(self, x: Tensor) -> Tensor:
+        kernels = library()
+        assert kernels is not None
+        rows = x.float().contiguous()
+        out = torch.empty(len(rows), self.out_features)
+        kernels.qx_linear_forward(
+            *(default_context().handle, byref(self.struct), pointer(rows), len(rows)),
+            *(pointer(out), self.out_features, self._exact, False, 1.0),
+        )
+        return out.to(x.dtype)
+
+    @classmethod
+    def dense(cls, weight: Tensor, bias: Tensor | None = None) -> "CpuLinear":
+        """Rows [out, in] of float32, bfloat16 or float16, used where they lie."""
+        out, inputs = weight.shape
+        kept = _Kept()
+        struct = CpuLinearStruct(0, DTYPES[weight.dtype], out, inputs, inputs, inputs, 0.0)
+        struct.weight = kept.pointer(weight.contiguous())
+        struct.bias = kept.pointer(bias.float().contiguous()) if bias is not None else None
+        return cls(struct, kept.tensors, exact=True)
+
+
+class CpuKernel(Kernel):
+    """Every uniform grid up to 8 bits, groups that are a multiple of 32 or whole channels.
+
+    Activations are quantized to int8 in groups of at most 128 inputs, each with its own scale;
+    with `exact` they stay float32. Either way the weights are the codes and scales that were
+    trained, half-integer zero points included, and a token's result does not depend on the others
+    in its batch.
+    """
+
+    def __init__(self, exact: bool = False) -> None:
+        self.name = "cpu-exact" if exact else "cpu"
+        self._exact = exact
+
+    def refuses(
+        self, scheme: Scheme, shape: tuple[int, int], device: torch.device
+    ) -> str | None:
+        if device.type != "cpu":
+            return f"it runs on CPUs, not on {device.type}"
+        if library() is None:
+            return "it was not compiled: qexport was installed without a C++ compiler"
+        if scheme.group_size is not None and scheme.group_size % _PAD:
+            return f"groups of {scheme.group_size} are no multiple of {_PAD}"
+        return None
+
+    def prepack(self, weight: QuantizedTensor, bias: Tensor | None = None) -> CpuLinear:
+        reason = self.refuses(weight.scheme, weight.shape, weight.codes.device)
+        if reason is not None:
+            raise ValueError(reason)
+        kernels = library()
+        assert kernels is not None
+        (out, inputs), scheme = weight.shape, weight.scheme
+        bits = _WIDTHS[scheme.grid.bits]
+        padded = -(-inputs // _PAD) * _PAD
+        group = scheme.group_size or padded
+        act_group = next(size for size in _ACTIVATION_GROUPS if group % size == 0)
+        if scheme.group_size is None:
+            act_group = min(_ACTIVATION_GROUPS[0], padded)
+            group = -(-padded // act_group) * act_group
+        kept = _Kept()
+        packed = torch.empty(kernels.qx_packed_bytes(bits, out, inputs), dtype=torch.uint8)
+        kernels.qx_pack(pointer(weight.codes.contiguous()), bits, out, inputs, pointer(packed))
+        scales = weight.scales if scheme.scale_dtype == torch.float16 else weight.scales.float()
+        struct = CpuLinearStruct(bits, DTYPES[scales.dtype], out, inputs, group, act_group)
+        struct.zero = scheme.grid.middle
+        struct.weight = kept.pointer(packed)
+        struct.scales = kept.pointer(_in_blocks(scales))
+        struct.zeros = None if weight.zeros is None else kept.pointer(_in_blocks(weight.zeros))
+        struct.bias = None if bias is None else kept.pointer(bias.float().contiguous())
+        return CpuLinear(struct, kept.tensors, self._exact)
+
+
+class _Kept:
+    """Tensors whose memory C++ points into."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+
+    def pointer(self, tensor: Tensor) -> c_void_p:
+        self.tensors.append(tensor)
+        return pointer(tensor)
+
+
+def _in_blocks(values: Tensor) -> Tensor:
+    """[out, groups] as [blocks of 16, groups, 16], zeros in the rows after the last."""
+    out, groups = values.shape
+    blocks = -(-out // _BLOCK)
+    padded = torch.zeros(blocks * _BLOCK, groups, dtype=values.dtype)
+    padded[:out] = values
+    return padded.view(blocks, _BLOCK, groups).transpose(1, 2).contiguous()

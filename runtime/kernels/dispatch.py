@@ -1,0 +1,54 @@
+"""Which kernel multiplies: the first in order of speed that does not refuse, and why."""
+
+from dataclasses import dataclass
+
+import torch
+
+from qexport.errors import InputError, UnsupportedError
+from qexport.grid import Scheme
+from qexport.runtime.kernels.base import Kernel
+from qexport.runtime.kernels.cpu import CpuKernel
+from qexport.runtime.kernels.reference import ReferenceKernel
+
+__all__ = ["KERNELS", "Choice", "choose"]
+
+# In order of speed. One that is slower than another everywhere is taken only where it is named.
+KERNELS: dict[str, Kernel] = {
+    kernel.name: kernel for kernel in (CpuKernel(), CpuKernel(exact=True), ReferenceKernel())
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel, and why each one before it was passed over: {kernel: reason}."""
+
+    kernel: Kernel
+    passed_over: dict[str, str]
+
+    def __str__(self) -> str:
+        why = "; ".join(f"not {name}: {reason}" for name, reason in self.passed_over.items())
+        return f"{self.kernel.name}{f' ({why})' if why else ''}"
+
+
+def choose(
+    scheme: Scheme, shape: tuple[int, int], device: torch.device, forced: str | None = None
+) -> Choice:
+    """The kernel for a weight [out, in].
+
+    Raises InputError for a `forced` kernel that does not exist, UnsupportedError for one that
+    refuses.
+    """
+    if forced is not None:
+        if forced not in KERNELS:
+            raise InputError(f"there is no kernel {forced!r}; there are {', '.join(KERNELS)}.")
+        reason = KERNELS[forced].refuses(scheme, shape, device)
+        if reason is not None:
+            raise UnsupportedError(f"kernel {forced} does not take {scheme} on {device}: {reason}.")
+        return Choice(KERNELS[forced], {})
+    passed_over = {}
+    for name, kernel in KERNELS.items():
+        reason = kernel.refuses(scheme, shape, device)
+        if reason is None:
+            return Choice(kernel, passed_over)
+        passed_over[name] = reason
+    raise AssertionError("the reference kernel takes everything")
