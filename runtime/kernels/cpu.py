@@ -14,6 +14,7 @@ from qexport.runtime.kernels.cpu_library import (
     library,
     pointer,
 )
+from qexport.runtime.kernels.memory import Arena
 from qexport.tensor import QuantizedTensor
 
 __all__ = ["CpuKernel", "CpuLinear"]
@@ -67,6 +68,7 @@ class CpuKernel(Kernel):
     def __init__(self, exact: bool = False) -> None:
         self.name = "cpu-exact" if exact else "cpu"
         self._exact = exact
+        self._arena = Arena()
 
     def refuses(
         self, scheme: Scheme, shape: tuple[int, int], device: torch.device
@@ -94,14 +96,15 @@ class CpuKernel(Kernel):
             act_group = min(_ACTIVATION_GROUPS[0], padded)
             group = -(-padded // act_group) * act_group
         kept = _Kept()
-        packed = torch.empty(kernels.qx_packed_bytes(bits, out, inputs), dtype=torch.uint8)
+        packed = self._arena.take(kernels.qx_packed_bytes(bits, out, inputs))
         kernels.qx_pack(pointer(weight.codes.contiguous()), bits, out, inputs, pointer(packed))
         scales = weight.scales if scheme.scale_dtype == torch.float16 else weight.scales.float()
         struct = CpuLinearStruct(bits, DTYPES[scales.dtype], out, inputs, group, act_group)
         struct.zero = scheme.grid.middle
         struct.weight = kept.pointer(packed)
-        struct.scales = kept.pointer(_in_blocks(scales))
-        struct.zeros = None if weight.zeros is None else kept.pointer(_in_blocks(weight.zeros))
+        struct.scales = kept.pointer(self._arena.copy(_in_blocks(scales)))
+        if weight.zeros is not None:
+            struct.zeros = kept.pointer(self._arena.copy(_in_blocks(weight.zeros)))
         struct.bias = None if bias is None else kept.pointer(bias.float().contiguous())
         return CpuLinear(struct, kept.tensors, self._exact)
 

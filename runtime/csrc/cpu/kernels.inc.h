@@ -137,6 +137,8 @@ SI vf take_group(vf y, vi total, int top, vf scale, vf zero, float x_scale, floa
 
 // ---------------------------------------------------------------- int8 activations, few tokens
 
+static const long FAR = 16384;  // bytes to read ahead
+
 // R blocks of outputs for T tokens; codes are read once, and multiplied where they stand.
 template <int B, int R, int T>
 SI void stream_blocks(const qx_linear& L, const qx_acts& A, int block, int m, const qx_out& o) {
@@ -144,6 +146,10 @@ SI void stream_blocks(const qx_linear& L, const qx_acts& A, int block, int m, co
     const int padded = round_up(L.k, 32), groups = round_up(padded, L.group) / L.group;
     const int per_group = L.group / L.act_group;
     const long stride = (long)padded * 2 * B;
+    // Rows are short, and a processor's own prefetching begins anew with each: ask for the blocks
+    // that come after these, or for what comes soon where rows are long.
+    const int scale_size = L.dtype == QX_F16 ? 2 : 4;
+    const long ahead = R * stride < FAR ? R * stride : FAR;
     const uint8_t* w[R];
     vf y[R][T];
     for (int r = 0; r < R; ++r) {
@@ -159,7 +165,10 @@ SI void stream_blocks(const qx_linear& L, const qx_acts& A, int block, int m, co
         for (int k = begin; k < end; k += C::inputs) {
             vi v[R][C::vectors];
             for (int r = 0; r < R; ++r) {
-                for (int i = 0; i < C::vectors; ++i) v[r][i] = i_load(w[r] + 64 * i);
+                for (int i = 0; i < C::vectors; ++i) {
+                    v[r][i] = i_load(w[r] + 64 * i);
+                    __builtin_prefetch(w[r] + 64 * i + ahead);
+                }
                 w[r] += 64 * C::vectors;
             }
             unroll<C::fields>([&]<int F>() INLINE {
@@ -172,6 +181,7 @@ SI void stream_blocks(const qx_linear& L, const qx_acts& A, int block, int m, co
         for (int r = 0; r < R; ++r) {
             const long at = ((long)(block + r) * groups + a / per_group) * 16;
             const vf scale = load_scale(L, at), zero = load_zero(L, at);
+            __builtin_prefetch((const uint8_t*)L.scales + (at + R * 16 * groups) * scale_size);
             for (int t = 0; t < T; ++t) {
                 const long g = (long)(m + t) * A.groups + a;
                 y[r][t] = take_group(y[r][t], Sums<B>::total(sums[r][t]), Sums<B>::top, scale, zero,
@@ -199,11 +209,14 @@ static const int LARGEST_GROUP = 128;  // of activations
 
 // Codes of one activation group, one a byte: [R][inputs / 4][64].
 template <int B>
-SI void unpack_group(const uint8_t* w, int inputs, uint8_t* out) {
+SI void unpack_group(const uint8_t* w, int inputs, long ahead, uint8_t* out) {
     using C = Chunk<B>;
     for (int k = 0; k < inputs; k += C::inputs) {
         vi v[C::vectors];
-        for (int i = 0; i < C::vectors; ++i) v[i] = i_load(w + 64 * i);
+        for (int i = 0; i < C::vectors; ++i) {
+            v[i] = i_load(w + 64 * i);
+            __builtin_prefetch(w + 64 * i + ahead);
+        }
         w += 64 * C::vectors;
         unroll<C::fields>([&]<int F>() INLINE {
             i_store(out + 64 * F, field<B, F>(v));
@@ -252,14 +265,15 @@ void tile_blocks(const qx_linear& L, const qx_acts& A, int block, int m0, int m1
     alignas(64) float y[TOKENS * WIDE * 16];
     const int padded = round_up(L.k, 32), groups = round_up(padded, L.group) / L.group;
     const int per_group = L.group / L.act_group, count = m1 - m0;
+    const long stride = (long)padded * 2 * B, ahead = R * stride < FAR ? R * stride : FAR;
     memset(y, 0, sizeof(float) * count * WIDE * 16);
     for (int a = 0; a < A.groups; ++a) {
         const int begin = a * L.act_group;
         const int inputs = (begin + L.act_group < padded ? L.act_group : padded - begin);
         vf scale[R], zero[R];
         for (int r = 0; r < R; ++r) {
-            const uint8_t* w = (const uint8_t*)L.weight + ((long)(block + r) * padded + begin) * 2 * B;
-            unpack_group<B>(w, inputs, codes + r * LARGEST_GROUP * 16);
+            const uint8_t* w = (const uint8_t*)L.weight + (block + r) * stride + (long)begin * 2 * B;
+            unpack_group<B>(w, inputs, ahead, codes + r * LARGEST_GROUP * 16);
             const long at = ((long)(block + r) * groups + a / per_group) * 16;
             scale[r] = load_scale(L, at);
             zero[r] = load_zero(L, at);
