@@ -22,7 +22,16 @@ from qexport.runtime.kernels.cpu_library import (
     library,
     pointer,
 )
-from qexport.runtime.model import Decoder, LayerWeights, Span, Weight, read_head, read_layer
+from qexport.runtime.model import (
+    Decoder,
+    LayerWeights,
+    Span,
+    Weight,
+    read_dense,
+    read_embedding,
+    read_head,
+    read_layer,
+)
 from qexport.tensor import QuantizedTensor
 
 __all__ = ["CpuDecoder"]
@@ -64,8 +73,8 @@ class CpuDecoder(Decoder):
         self._threads = Context(threads)
         self._layers = self._read_layers(checkpoint, cache)
         self._model = self._describe(cache)
-        self._embedding = checkpoint.dense("model.embed_tokens.weight")
-        self._norm = checkpoint.dense("model.norm.weight").float()
+        self._embedding = read_embedding(checkpoint, config)
+        self._norm = read_dense(checkpoint, "model.norm.weight", (config.hidden,)).float()
         self._head = self._linear(*read_head(checkpoint, config, head_bits))
         found = library()
         assert found is not None
@@ -91,7 +100,7 @@ class CpuDecoder(Decoder):
         layers = (CpuLayer * config.layers)()
         for index, source in enumerate(config.weights):
             if source not in read:
-                read[source] = self._layer(read_layer(checkpoint, source))
+                read[source] = self._layer(read_layer(checkpoint, config, source))
             layer = layers[index]
             ctypes.memmove(byref(layer), byref(read[source]), ctypes.sizeof(CpuLayer))
             layer.window, layer.rope = config.windows[index], config.rotated[index]

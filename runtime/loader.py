@@ -2,7 +2,7 @@
 
 This is the reference runtime: quantized weights are dequantized once, by the same function that
 training used, and transformers' own modelling multiplies with them. It is as fast and as large as
-the dense model; its worth is that every other kernel is measured against it.
+the dense model; its worth is that everything else is measured against it.
 """
 
 from functools import partial
@@ -17,7 +17,14 @@ from qexport.formats import open_checkpoint
 from qexport.modelling import build_model, load_tokenizer
 from qexport.tensor import QuantizedTensor
 
-__all__ = ["best_device", "load_model", "open_model", "resolve_dtype"]
+__all__ = [
+    "best_device",
+    "load_model",
+    "open_model",
+    "open_tokenizer",
+    "read_tensor",
+    "resolve_dtype",
+]
 
 
 def best_device() -> torch.device:
@@ -35,18 +42,24 @@ def resolve_dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
     """A model in eval mode on `device`; raises what `qexport.modelling.build_model` raises."""
-    return build_model(checkpoint, dtype, partial(_read, checkpoint, dtype)).to(device).eval()
+    return build_model(checkpoint, dtype, partial(read_tensor, checkpoint, dtype)).to(device).eval()
 
 
 def open_model(folder: Path, dtype: str = "auto") -> tuple[Any, Any, Checkpoint]:
     """(model, tokenizer, checkpoint) of a folder, on the best device of this machine."""
     checkpoint = open_checkpoint(folder)
-    tokenizer = (checkpoint.make_tokenizer or partial(load_tokenizer, folder))()
+    tokenizer = open_tokenizer(checkpoint)
     model = load_model(checkpoint, resolve_dtype(checkpoint, dtype), best_device())
     return model, tokenizer, checkpoint
 
 
-def _read(checkpoint: Checkpoint, dtype: torch.dtype, name: str) -> Tensor:
+def open_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer of a checkpoint. Raises CheckpointError where there is none."""
+    return (checkpoint.make_tokenizer or partial(load_tokenizer, checkpoint.folder))()
+
+
+def read_tensor(checkpoint: Checkpoint, dtype: torch.dtype, name: str) -> Tensor:
+    """A tensor as transformers takes it: dequantized, in `dtype` if it is floating point."""
     tensor = checkpoint[name]
     if isinstance(tensor, QuantizedTensor):
         return tensor.dequantize(dtype)

@@ -15,13 +15,25 @@ from torch.nn.functional import embedding, scaled_dot_product_attention, silu
 
 from qexport.checkpoint import Checkpoint
 from qexport.errors import CheckpointError
-from qexport.runtime.families import DecoderConfig
 from qexport.grid import INT8, Scheme
+from qexport.runtime.families import DecoderConfig
 from qexport.runtime.kernels import Linear, choose
 from qexport.runtime.kernels.reference import ReferenceKernel
 from qexport.tensor import QuantizedTensor, portable, quantize
 
-__all__ = ["Decoder", "LayerWeights", "Span", "TorchDecoder", "Weight", "read_head", "read_layer"]
+__all__ = [
+    "Decoder",
+    "LayerWeights",
+    "Span",
+    "TorchDecoder",
+    "Weight",
+    "read_dense",
+    "read_embedding",
+    "read_head",
+    "read_layer",
+]
+
+_DENSE = (torch.float32, torch.bfloat16, torch.float16)
 
 Weight = tuple[QuantizedTensor | Tensor, Tensor | None]  # [out, in], and a bias [out]
 
@@ -45,8 +57,12 @@ class Span:
 
 
 class Decoder(ABC):
-    """A model with a cache of `slots` sequences of at most `context` tokens each."""
+    """A model with a cache of `slots` sequences of at most `context` tokens each.
 
+    chunked   a prompt may be run in parts; not where positions depend on what a call sees
+    """
+
+    chunked = True
     slots: int
     context: int
     vocabulary: int
@@ -71,35 +87,59 @@ class LayerWeights:
     down: list[Weight]
 
 
-def read_layer(checkpoint: Checkpoint, layer: int) -> LayerWeights:
-    """Read one layer's weights. Raises CheckpointError where one is missing."""
-    prefix = f"model.layers.{layer}"
+def read_layer(checkpoint: Checkpoint, config: DecoderConfig, layer: int) -> LayerWeights:
+    """Read one layer's weights.
 
-    def norm(name: str) -> Tensor:
-        return _dense(checkpoint, f"{prefix}.{name}.weight").float()
+    Raises CheckpointError where one is missing, has another shape than the config says, or is of
+    no use to this decoder.
+    """
+    prefix = f"model.layers.{layer}."
+    hidden, inter, dim = config.hidden, config.inter, config.head_dim
+    queries, keys = config.heads * dim, config.kv_heads * dim
+    left = {name for name in checkpoint if name.startswith(prefix)}
 
-    def optional(name: str) -> Tensor | None:
-        return norm(name) if f"{prefix}.{name}.weight" in checkpoint else None
+    def norm(name: str, size: int) -> Tensor:
+        left.discard(f"{prefix}{name}.weight")
+        return read_dense(checkpoint, f"{prefix}{name}.weight", (size,)).float()
 
-    def joined(block: str, *names: str) -> list[Weight]:
-        return _joined([_weight(checkpoint, f"{prefix}.{block}.{name}") for name in names])
+    def head_norm(name: str) -> Tensor | None:
+        return norm(name, dim) if f"{prefix}{name}.weight" in checkpoint else None
 
-    return LayerWeights(
-        norm1=norm("input_layernorm"),
-        norm2=norm("post_attention_layernorm"),
-        q_norm=optional("self_attn.q_norm"),
-        k_norm=optional("self_attn.k_norm"),
-        qkv=joined("self_attn", "q_proj", "k_proj", "v_proj"),
-        o=joined("self_attn", "o_proj"),
-        up=joined("mlp", "gate_proj", "up_proj"),
-        down=joined("mlp", "down_proj"),
+    def joined(parts: dict[str, int], inputs: int) -> list[Weight]:
+        left.difference_update(f"{prefix}{n}.{kind}" for n in parts for kind in ("weight", "bias"))
+        return _joined([_weight(checkpoint, prefix + n, (o, inputs)) for n, o in parts.items()])
+
+    read = LayerWeights(
+        norm1=norm("input_layernorm", hidden),
+        norm2=norm("post_attention_layernorm", hidden),
+        q_norm=head_norm("self_attn.q_norm"),
+        k_norm=head_norm("self_attn.k_norm"),
+        qkv=joined(
+            {"self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys},
+            hidden,
+        ),
+        o=joined({"self_attn.o_proj": hidden}, queries),
+        up=joined({"mlp.gate_proj": inter, "mlp.up_proj": inter}, hidden),
+        down=joined({"mlp.down_proj": hidden}, inter),
     )
+    unknown = sorted(name for name in left if not name.endswith("rotary_emb.inv_freq"))
+    if unknown:
+        raise CheckpointError(
+            f"{checkpoint.folder} has {unknown[0]}, which a {checkpoint.config['model_type']} "
+            "model has no use for; its config.json is another model's."
+        )
+    return read
+
+
+def read_embedding(checkpoint: Checkpoint, config: DecoderConfig) -> Tensor:
+    """The embeddings [vocabulary, hidden]."""
+    return read_dense(checkpoint, "model.embed_tokens.weight", (config.vocabulary, config.hidden))
 
 
 def read_head(checkpoint: Checkpoint, config: DecoderConfig, bits: int | None) -> Weight:
     """The matrix that makes logits; with 8 `bits` rounded to int8 in groups of at most 64."""
     name = "model.embed_tokens" if config.tied or "lm_head.weight" not in checkpoint else "lm_head"
-    weight, bias = _weight(checkpoint, name)
+    weight, bias = _weight(checkpoint, name, (config.vocabulary, config.hidden))
     if bits is None or isinstance(weight, QuantizedTensor):
         return weight, bias
     inputs = weight.shape[1]
@@ -110,19 +150,32 @@ def read_head(checkpoint: Checkpoint, config: DecoderConfig, bits: int | None) -
     return quantize(values, portable(largest / 127), scheme), bias
 
 
-def _dense(checkpoint: Checkpoint, name: str) -> Tensor:
-    if name not in checkpoint:
-        raise CheckpointError(f"{checkpoint.folder} lacks {name}; the checkpoint is not whole.")
-    tensor = checkpoint[name]
+def read_dense(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of this shape, dequantized if it has to be. Raises CheckpointError."""
+    tensor = _read(checkpoint, name, shape)
     return tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor
 
 
-def _weight(checkpoint: Checkpoint, module: str) -> Weight:
-    name = f"{module}.weight"
+def _weight(checkpoint: Checkpoint, module: str, shape: tuple[int, int]) -> Weight:
+    bias = f"{module}.bias"
+    return (
+        _read(checkpoint, f"{module}.weight", shape),
+        read_dense(checkpoint, bias, shape[:1]).float() if bias in checkpoint else None,
+    )
+
+
+def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> QuantizedTensor | Tensor:
     if name not in checkpoint:
         raise CheckpointError(f"{checkpoint.folder} lacks {name}; the checkpoint is not whole.")
-    bias = f"{module}.bias"
-    return checkpoint[name], _dense(checkpoint, bias).float() if bias in checkpoint else None
+    tensor = checkpoint[name]
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {name} is {tuple(tensor.shape)}, and its config.json makes it "
+            f"{shape}."
+        )
+    if isinstance(tensor, Tensor) and tensor.dtype not in _DENSE:
+        raise CheckpointError(f"{checkpoint.folder}: {name} is {tensor.dtype}, no weight's dtype.")
+    return tensor
 
 
 def _joined(weights: list[Weight]) -> list[Weight]:
@@ -192,12 +245,14 @@ class TorchDecoder(Decoder):
         self._names: set[str] = set()
         prepack = self._prepacker(kernel)
         read = [
-            self._layer(read_layer(checkpoint, layer), prepack)
+            self._layer(read_layer(checkpoint, config, layer), prepack)
             for layer in sorted(set(config.weights))
         ]
         self._layers = [read[layer] for layer in config.weights]
-        self._embedding = _dense(checkpoint, "model.embed_tokens.weight").to(device)
-        self._norm = _dense(checkpoint, "model.norm.weight").float().to(device)
+        self._embedding = read_embedding(checkpoint, config).to(device)
+        self._norm = (
+            read_dense(checkpoint, "model.norm.weight", (config.hidden,)).float().to(device)
+        )
         self._head = prepack([read_head(checkpoint, config, head_bits)])
         self._rope = [table.to(device) for table in (config.rope.short, config.rope.long)]
         shape = (config.layers, 2, slots, config.kv_heads, context, config.head_dim)
@@ -210,13 +265,15 @@ class TorchDecoder(Decoder):
         def prepack(weights: list[Weight]) -> Linear:
             parts: list[Linear] = []
             for weight, bias in weights:
-                bias = None if bias is None else bias.to(self._device)
+                offset = None if bias is None else bias.to(self._device)
                 if isinstance(weight, Tensor):
-                    parts.append(dense.wrap(weight.to(self._device), bias))
+                    parts.append(dense.wrap(weight.to(self._device), offset))
                     continue
                 chosen = choose(weight.scheme, weight.shape, self._device, kernel).kernel
                 self._names.add(chosen.name)
-                parts.append((dense if chosen.name == "reference" else chosen).prepack(weight.to(self._device), bias))
+                if chosen.name == "reference":
+                    chosen = dense
+                parts.append(chosen.prepack(weight.to(self._device), offset))
             return parts[0] if len(parts) == 1 else _Joined(parts)
 
         return prepack
@@ -276,7 +333,7 @@ class TorchDecoder(Decoder):
     ) -> Tensor:
         config = self._config
         heads = layer.qkv.matmul(x).view(len(x), -1, config.head_dim)
-        q, k, v = heads.split([config.heads, config.kv_heads, config.kv_heads], dim=1)
+        q, k, v = torch.split(heads, [config.heads, config.kv_heads, config.kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = self._normed(q, layer.q_norm), self._normed(k, layer.k_norm)
         if config.rotated[index]:

@@ -1,10 +1,8 @@
-"""An OpenAI-compatible endpoint over one `Generator`. One request runs; the others wait in turn."""
+"""An OpenAI-compatible endpoint over one `Generator`, which runs several requests at a time."""
 
-import asyncio
 import hmac
 import json
 from collections.abc import AsyncGenerator
-from collections.abc import Generator as Stream
 from contextlib import aclosing
 from typing import Any
 
@@ -18,8 +16,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qexport.errors import InputError, QexportError
 from qexport.runtime import protocol
+from qexport.runtime.engine import Ticket
 from qexport.runtime.generator import Generator, Piece
 from qexport.runtime.protocol import ChatRequest, CompletionRequest, Reply, error_body, usage
+from qexport.runtime.scheduler import QueueFullError
 from qexport.version import __version__
 
 __all__ = ["create_app"]
@@ -89,12 +89,11 @@ class _Stream(StreamingResponse):
 
 
 class _Engine:
-    """Runs generations one after the other, off the event loop."""
+    """Follows generations from the event loop."""
 
     def __init__(self, generator: Generator, model: str) -> None:
         self._generator = generator
         self._model = model
-        self._turn = asyncio.Lock()
 
     def check_model(self, name: str) -> None:
         """Raise _NoSuchModelError before any work is done for a model that is not served."""
@@ -128,13 +127,12 @@ class _Engine:
                     return Response(status_code=499)
         return JSONResponse(reply.whole(text, finish, usage(len(prompt), count)))
 
-    async def _pieces(self, iterator: Stream[Piece, None, None]) -> AsyncGenerator[Piece, None]:
-        async with self._turn:
-            try:
-                while (piece := await to_thread.run_sync(next, iterator, None)) is not None:
-                    yield piece
-            finally:
-                iterator.close()
+    async def _pieces(self, ticket: Ticket) -> AsyncGenerator[Piece, None]:
+        try:
+            while (piece := await to_thread.run_sync(next, ticket, None)) is not None:
+                yield piece
+        finally:
+            ticket.close()
 
 
 async def _events(
@@ -201,6 +199,11 @@ def _install_errors(app: FastAPI) -> None:
     @app.exception_handler(_NoSuchModelError)
     async def no_model(_: Request, error: _NoSuchModelError) -> JSONResponse:
         return JSONResponse(error_body(str(error), param="model", code="model_not_found"), 404)
+
+    @app.exception_handler(QueueFullError)
+    async def full(_: Request, error: QueueFullError) -> JSONResponse:
+        content = error_body(str(error), "rate_limit_error", code="rate_limit_exceeded")
+        return JSONResponse(content, 429, {"Retry-After": "1"})
 
     @app.exception_handler(QexportError)
     async def ours(_: Request, error: QexportError) -> JSONResponse:

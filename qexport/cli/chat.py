@@ -2,10 +2,15 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qexport.cli.common import Command, progress_console
+from qexport.cli.serving import serving_options
+
+if TYPE_CHECKING:
+    from qexport.runtime.engine import Ticket
 
 _EPILOG = """\b
 Example:
@@ -17,31 +22,44 @@ Example:
 @click.option("--system", help="A system message to begin with.")
 @click.option("--max-tokens", default=512, show_default=True, type=click.IntRange(min=1))
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0))
-@click.option(
-    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto"
-)
+@serving_options
 def command(
-    path: Path, system: str | None, max_tokens: int, temperature: float, dtype: str
+    path: Path, system: str | None, max_tokens: int, temperature: float, serving: dict[str, Any]
 ) -> None:
-    """Talk to the model at PATH. An empty line or Ctrl-D ends it."""
-    from qexport.runtime.generator import Generator, Sampling
-    from qexport.runtime.loader import open_model
+    """Talk to the model at PATH.
 
-    model, tokenizer, _ = open_model(path, dtype)
-    generator = Generator(model, tokenizer)
+    Ctrl-C stops an answer, /reset forgets the conversation, an empty line or Ctrl-D ends it.
+    """
+    from qexport.runtime.generator import Sampling
+    from qexport.runtime.serving import Serving, open_generator
+
     console = progress_console()
-    messages = [{"role": "system", "content": system}] if system else []
-    while True:
-        console.print("> ", end="")
-        question = sys.stdin.readline().strip()
-        if not question:
-            return
-        messages.append({"role": "user", "content": question})
-        answer = ""
-        prompt = generator.encode_chat(messages)
-        room = max(1, min(max_tokens, generator.context - len(prompt)))
-        for piece in generator.stream(prompt, Sampling(room, temperature)):
+    begin = [{"role": "system", "content": system}] if system else []
+    messages = list(begin)
+    with open_generator(path, Serving(**serving)) as generator:
+        while True:
+            console.print("> ", end="")
+            question = sys.stdin.readline().strip()
+            if not question:
+                return
+            if question == "/reset":
+                messages = list(begin)
+                continue
+            messages.append({"role": "user", "content": question})
+            prompt = generator.encode_chat(messages)
+            room = max(1, min(max_tokens, generator.context - len(prompt)))
+            answer = _show(generator.stream(prompt, Sampling(room, temperature)))
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _show(ticket: "Ticket") -> str:
+    """Print an answer as it is made; Ctrl-C ends it, and what was said so far stays."""
+    answer = ""
+    try:
+        for piece in ticket:
             answer += piece.text
             click.echo(piece.text, nl=False)
-        click.echo()
-        messages.append({"role": "assistant", "content": answer})
+    except KeyboardInterrupt:
+        ticket.close()
+    click.echo()
+    return answer

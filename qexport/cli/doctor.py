@@ -44,12 +44,32 @@ def command(as_json: bool) -> None:
         "gpus": _gpus(),
         "compilers": {name: path for name in _COMPILERS if (path := shutil.which(name))},
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
-        "kernels": {"reference": "any device: dequantized once, multiplied by torch"},
+        "kernels": _kernels(),
     }
     if as_json:
         print_json(result)
         return
     _print(result)
+
+
+def _kernels() -> dict[str, str]:
+    """Each kernel, and why it would not be taken for a 2-bit layer in groups of 64 here."""
+    import torch
+
+    from qexport.grid import SEQ2, Scheme
+    from qexport.runtime.kernels import KERNELS
+    from qexport.runtime.kernels.cpu_library import library
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    compiled = library()
+    found = {}
+    for name, kernel in KERNELS.items():
+        reason = kernel.refuses(Scheme(SEQ2, 64), (64, 64), device)
+        what = (kernel.__doc__ or "").splitlines()[0].rstrip(".")
+        if name.startswith("cpu") and compiled is not None:
+            what = f"{compiled.qx_isa().decode()}; {what}"
+        found[name] = f"not here: {reason}" if reason else what
+    return found
 
 
 def _print(value: Any, indent: str = "") -> None:

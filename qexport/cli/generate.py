@@ -1,10 +1,12 @@
 """`qexport generate`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from qexport.cli.common import Command
+from qexport.cli.serving import serving_options
 
 _EPILOG = """\b
 Example:
@@ -18,9 +20,7 @@ Example:
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0))
 @click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True))
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1))
-@click.option(
-    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto"
-)
+@serving_options
 def command(
     path: Path,
     prompt: str,
@@ -28,15 +28,14 @@ def command(
     temperature: float,
     top_p: float,
     seed: int | None,
-    dtype: str,
+    serving: dict[str, Any],
 ) -> None:
     """Continue a prompt with the model at PATH; the text goes to stdout as it is made."""
-    from qexport.runtime.generator import Generator, Sampling
-    from qexport.runtime.loader import open_model
+    from qexport.runtime.generator import Sampling
+    from qexport.runtime.serving import Serving, open_generator
 
-    model, tokenizer, _ = open_model(path, dtype)
-    generator = Generator(model, tokenizer)
     sampling = Sampling(max_tokens, temperature, top_p, seed)
-    for piece in generator.stream(generator.encode(prompt), sampling):
-        click.echo(piece.text, nl=False)
+    with open_generator(path, Serving(**serving)) as generator:
+        for piece in generator.stream(generator.encode(prompt), sampling):
+            click.echo(piece.text, nl=False)
     click.echo()

@@ -3,10 +3,12 @@
 import errno
 import socket
 from pathlib import Path
+from typing import Any
 
 import click
 
 from qexport.cli.common import Command, progress_console
+from qexport.cli.serving import serving_options
 from qexport.errors import InputError
 
 _EPILOG = """\b
@@ -24,8 +26,13 @@ Examples:
 @click.option("--insecure", is_flag=True, help="Serve other machines without a key.")
 @click.option("--served-model-name", help="Name that requests use; default the folder's.")
 @click.option(
-    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto"
+    "--slots",
+    default=8,
+    show_default=True,
+    type=click.IntRange(1, 256),
+    help="Requests that run at a time; others wait.",
 )
+@serving_options
 def command(
     path: Path,
     host: str,
@@ -33,7 +40,8 @@ def command(
     api_key: str | None,
     insecure: bool,
     served_model_name: str | None,
-    dtype: str,
+    slots: int,
+    serving: dict[str, Any],
 ) -> None:
     """Serve PATH over OpenAI's protocol: models, completions, chat completions, streaming."""
     if host not in ("127.0.0.1", "localhost", "::1") and not (api_key or insecure):
@@ -41,15 +49,18 @@ def command(
     listener = _listen(host, port)  # before the model is loaded: a taken port is told at once
     import uvicorn
 
-    from qexport.runtime.generator import Generator
-    from qexport.runtime.loader import open_model
     from qexport.runtime.server import create_app
+    from qexport.runtime.serving import Serving, open_generator
 
-    model, tokenizer, _ = open_model(path, dtype)
+    generator = open_generator(path, Serving(slots=slots, **serving))
     name = served_model_name or path.resolve().name
-    app = create_app(Generator(model, tokenizer), name, api_key)
+    app = create_app(generator, name, api_key)
     address = f"http://{host}:{listener.getsockname()[1]}/v1"
-    progress_console().print(f"serving {name} at {address}", highlight=False)
+    progress_console().print(
+        f"serving {name} at {address}, {slots} requests at a time, by {generator.decoder.kernels}",
+        highlight=False,
+        soft_wrap=True,
+    )
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10)
     uvicorn.Server(config).run(sockets=[listener])
 

@@ -28,9 +28,7 @@ class Kernel(ABC):
     name: str
 
     @abstractmethod
-    def refuses(
-        self, scheme: Scheme, shape: tuple[int, int], device: torch.device
-    ) -> str | None:
+    def refuses(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
         """Why a weight [out, in] of this scheme is not served on `device`; None where it is."""
 
     @abstractmethod

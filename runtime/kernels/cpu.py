@@ -70,9 +70,7 @@ class CpuKernel(Kernel):
         self._exact = exact
         self._arena = Arena()
 
-    def refuses(
-        self, scheme: Scheme, shape: tuple[int, int], device: torch.device
-    ) -> str | None:
+    def refuses(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
         if device.type != "cpu":
             return f"it runs on CPUs, not on {device.type}"
         if library() is None:

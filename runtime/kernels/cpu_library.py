@@ -3,8 +3,19 @@
 import ctypes
 import importlib.util
 import os
-from ctypes import CDLL, POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_long, c_size_t
-from ctypes import c_uint64, c_void_p
+from ctypes import (
+    CDLL,
+    POINTER,
+    Structure,
+    c_char_p,
+    c_float,
+    c_int,
+    c_int32,
+    c_long,
+    c_size_t,
+    c_uint64,
+    c_void_p,
+)
 from functools import lru_cache
 
 import torch

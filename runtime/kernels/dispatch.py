@@ -45,7 +45,7 @@ def choose(
         if reason is not None:
             raise UnsupportedError(f"kernel {forced} does not take {scheme} on {device}: {reason}.")
         return Choice(KERNELS[forced], {})
-    passed_over = {}
+    passed_over: dict[str, str] = {}
     for name, kernel in KERNELS.items():
         reason = kernel.refuses(scheme, shape, device)
         if reason is None:

@@ -28,9 +28,7 @@ class ReferenceKernel(Kernel):
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self._dtype = dtype
 
-    def refuses(
-        self, scheme: Scheme, shape: tuple[int, int], device: torch.device
-    ) -> str | None:
+    def refuses(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
         return None
 
     def prepack(self, weight: QuantizedTensor, bias: Tensor | None = None) -> Linear:

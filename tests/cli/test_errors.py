@@ -293,7 +293,7 @@ def test_an_interrupted_run_leaves_nothing(
         stderr=subprocess.PIPE,
         text=True,
         # a shell's background jobs, the tests among them, are told to ignore Ctrl-C
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     try:
         deadline = time.monotonic() + 60

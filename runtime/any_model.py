@@ -1,0 +1,92 @@
+"""Any architecture that transformers models, its quantized layers multiplied by our kernels."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qexport.checkpoint import Checkpoint
+from qexport.modelling import build_model
+from qexport.runtime.kernels import Linear, choose
+from qexport.runtime.loader import read_tensor
+from qexport.runtime.model import Decoder, Span
+
+__all__ = ["AnyDecoder"]
+
+
+class AnyDecoder(Decoder):
+    """A slower decoder: the spans of a step run one after the other, each with its own cache."""
+
+    chunked = False  # transformers' longrope and dynamic rope look at one call's positions
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        slots: int,
+        context: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        kernel: str | None = None,
+    ) -> None:
+        from transformers import DynamicCache
+
+        self._model = build_model(checkpoint, dtype, partial(read_tensor, checkpoint, dtype))
+        names = _replace(self._model, checkpoint, device, kernel)
+        self._model.to(device).eval()
+        config = self._model.config.get_text_config()
+        self.slots, self.vocabulary = slots, int(config.vocab_size)
+        self.context = min(context, int(getattr(config, "max_position_embeddings", context)))
+        self.kernels = f"{', '.join(sorted(names))} in transformers' {type(self._model).__name__}"
+        self._new_cache = partial(DynamicCache, config=config)
+        self._caches: list[Any] = [self._new_cache() for _ in range(slots)]
+        self._device = device
+
+    @torch.inference_mode()
+    def forward(self, spans: Sequence[Span]) -> Tensor:
+        rows = [self._one(span) for span in spans]
+        wanted = [row for row, span in zip(rows, spans, strict=True) if span.logits]
+        return torch.stack(wanted) if wanted else torch.empty(0, self.vocabulary)
+
+    def _one(self, span: Span) -> Tensor:
+        cache = self._caches[span.slot]
+        if span.start == 0:
+            cache = self._caches[span.slot] = self._new_cache()
+        elif cache.get_seq_length() > span.start:
+            cache.crop(span.start)
+        ids = torch.tensor([span.tokens], device=self._device)
+        output = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits: Tensor = output.logits[0, -1].float().cpu()
+        return logits
+
+
+class _KernelLinear(nn.Module):
+    def __init__(self, linear: Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.linear.matmul(x.reshape(-1, self.in_features))
+        return rows.view(*x.shape[:-1], self.out_features)
+
+
+def _replace(
+    model: nn.Module, checkpoint: Checkpoint, device: torch.device, kernel: str | None
+) -> set[str]:
+    """Put kernels in the place of quantized linear layers; returns the names of those chosen."""
+    names = {"reference"} if not checkpoint.modules else set()
+    modules = dict(model.named_modules())
+    for name, (scheme, shape) in checkpoint.modules.items():
+        module = modules.get(name)
+        chosen = choose(scheme, shape, device, kernel).kernel
+        if chosen.name == "reference" or not isinstance(module, nn.Linear):
+            names.add("reference")
+            continue
+        names.add(chosen.name)
+        linear = chosen.prepack(checkpoint.quantized(f"{name}.weight").to(device), module.bias)
+        parent, _, leaf = name.rpartition(".")
+        setattr(modules[parent], leaf, _KernelLinear(linear))
+    return names

@@ -1,0 +1,232 @@
+"""Which tokens run in the next step: continuous batching over the slots of a decoder.
+
+A request waits, gets a slot for all that it can come to (prompt and max_tokens), has its prompt run
+in chunks beside the others' tokens, and then takes one token a step until it ends. Nothing here
+knows threads; `engine` has the one that calls `step`.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from qexport.errors import InputError, QexportError
+from qexport.runtime.model import Decoder, Span
+from qexport.runtime.sampler import Sampler, Sampling, TokenLogprob
+from qexport.runtime.text import TextStream
+
+__all__ = ["Piece", "QueueFullError", "Scheduler", "Sequence"]
+
+
+class QueueFullError(QexportError):
+    """As many requests wait as may; come back later."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """New text, the tokens generated so far, and why it ended (`stop` or `length`) if it did.
+
+    `error` ends a request that went wrong; `cached` counts prompt tokens that were in a slot.
+    """
+
+    text: str
+    tokens: int
+    finish_reason: str | None = None
+    token: int | None = None
+    logprob: TokenLogprob | None = None
+    error: Exception | None = None
+    cached: int = 0
+
+    @property
+    def last(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One request: its tokens so far, and who is told of new ones."""
+
+    prompt: list[int]
+    sampling: Sampling
+    sampler: Sampler
+    text: TextStream
+    emit: Callable[[Piece], None]
+    generated: list[int] = field(default_factory=list)
+    slot: int | None = None
+    ran: int = 0  # tokens that the slot's cache holds
+    cached: int = 0
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt + self.generated
+
+
+class Scheduler:
+    """Runs sequences on a decoder, one step at a time. Not for several threads.
+
+    queue   requests that may wait; chunk   prompt tokens in a step, beside those of running ones
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        end_tokens: frozenset[int],
+        *,
+        queue: int = 256,
+        chunk: int = 256,
+    ) -> None:
+        self._decoder = decoder
+        self._end = end_tokens
+        self._queue, self._chunk = queue, chunk if decoder.chunked else decoder.context
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []  # in order of admission
+        # tokens whose keys and values each free slot still holds, least recently used first
+        self._free: dict[int, list[int]] = {slot: [] for slot in range(decoder.slots)}
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    def submit(self, sequence: Sequence) -> None:
+        """Let a request wait. Raises InputError for one that can never run, QueueFullError."""
+        self.check(sequence.prompt, sequence.sampling)
+        if len(self._waiting) >= self._queue:
+            raise QueueFullError(f"{self._queue} requests are waiting already; try again later.")
+        self._waiting.append(sequence)
+
+    def check(self, prompt: list[int], sampling: Sampling) -> None:
+        """Raise InputError for a request that can never run."""
+        if not prompt:
+            raise InputError("the prompt is empty.")
+        if not 0 <= min(prompt) <= max(prompt) < self._decoder.vocabulary:
+            raise InputError(f"token {max(prompt)} is not in the model's vocabulary.")
+        if len(prompt) + sampling.max_tokens > self._decoder.context:
+            raise InputError(
+                f"the prompt has {len(prompt)} tokens, and with {sampling.max_tokens} more it does "
+                f"not fit the context of {self._decoder.context}."
+            )
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Forget a request; one that has ended already is none."""
+        if sequence in self._running:
+            self._release(sequence)
+        elif sequence in self._waiting:
+            self._waiting.remove(sequence)
+
+    def cancel_all(self, error: Exception) -> None:
+        """End every request with an error."""
+        for sequence in [*self._waiting, *self._running]:
+            self._fail(sequence, error)
+
+    def step(self) -> None:
+        """Admit what has room, run one step, and tell of each new token."""
+        self._admit()
+        spans = self._plan()
+        if not spans:
+            return
+        logits = self._forward(spans)
+        for sequence, span in spans.items():
+            if sequence.slot is None:  # it failed
+                continue
+            sequence.ran = span.start + len(span.tokens)
+            if span.logits:
+                self._take(sequence, logits[sequence])
+
+    def _admit(self) -> None:
+        while self._waiting and self._free:
+            sequence = self._waiting.popleft()
+            slot = max(self._free, key=lambda slot: _shared(self._free[slot], sequence.prompt))
+            held = self._free.pop(slot)
+            # the last token is run in any case: its logits are wanted
+            sequence.ran = sequence.cached = min(
+                _shared(held, sequence.prompt), len(sequence.prompt) - 1
+            )
+            sequence.slot = slot
+            self._running.append(sequence)
+
+    def _plan(self) -> dict[Sequence, Span]:
+        spans = {}
+        room = self._chunk
+        for sequence in self._running:
+            assert sequence.slot is not None
+            tokens, begin = sequence.tokens, sequence.ran
+            end = len(tokens)
+            if begin < len(sequence.prompt):
+                end = min(end, begin + room)
+                room -= end - begin
+            if end > begin:
+                spans[sequence] = Span(
+                    sequence.slot, begin, tokens[begin:end], len(tokens), end == len(tokens)
+                )
+        return spans
+
+    def _forward(self, spans: dict[Sequence, Span]) -> "dict[Sequence, np.ndarray]":
+        """Logits of each sequence that wants them. One that breaks a step fails alone."""
+        try:
+            return self._logits(spans)
+        except Exception as error:  # a fault of one must not end the others
+            if len(spans) == 1:
+                self._fail(next(iter(spans)), error)
+                return {}
+        found = {}
+        for sequence, span in spans.items():
+            found.update(self._forward({sequence: span}))
+        return found
+
+    def _logits(self, spans: dict[Sequence, Span]) -> "dict[Sequence, np.ndarray]":
+        rows = self._decoder.forward(list(spans.values())).numpy()
+        wanting = [sequence for sequence, span in spans.items() if span.logits]
+        return dict(zip(wanting, rows, strict=True))
+
+    def _take(self, sequence: Sequence, logits: "np.ndarray") -> None:
+        """Choose a token from its logits and tell of it."""
+        try:
+            token, logprob = sequence.sampler.choose(logits)
+            sequence.generated.append(token)
+            piece = self._piece(sequence, token, logprob)
+        except Exception as error:  # NaN, or a tokenizer that trips
+            self._fail(sequence, error)
+            return
+        if piece.last:
+            self._release(sequence)
+        sequence.emit(piece)
+
+    def _piece(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Piece:
+        count, text = len(sequence.generated), ""
+        reason = None
+        if token in self._end and not sequence.sampling.ignore_end:
+            text, reason = sequence.text.rest(), "stop"
+        else:
+            text = sequence.text.add(token)
+            if sequence.text.stopped:
+                reason = "stop"
+            elif count >= sequence.sampling.max_tokens:
+                text, reason = text + sequence.text.rest(), "length"
+        return Piece(text, count, reason, token, logprob, cached=sequence.cached)
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        self.cancel(sequence)
+        sequence.emit(Piece("", len(sequence.generated), error=error))
+
+    def _release(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None
+        self._running.remove(sequence)
+        self._free[sequence.slot] = sequence.tokens[: sequence.ran]
+        sequence.slot = None
+
+
+def _shared(held: list[int], prompt: list[int]) -> int:
+    """Tokens that both begin with."""
+    for at, (a, b) in enumerate(zip(held, prompt, strict=False)):
+        if a != b:
+            return at
+    return min(len(held), len(prompt))

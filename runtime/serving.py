@@ -1,0 +1,113 @@
+"""How a checkpoint is served: the decoder that fits the model and the machine."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qexport.checkpoint import Checkpoint
+from qexport.errors import CheckpointError, InputError
+from qexport.formats import open_checkpoint
+from qexport.runtime.any_model import AnyDecoder
+from qexport.runtime.cpu_model import CpuDecoder
+from qexport.runtime.families import decoder_config
+from qexport.runtime.generator import Generator
+from qexport.runtime.kernels import KERNELS
+from qexport.runtime.loader import best_device, open_tokenizer, resolve_dtype
+from qexport.runtime.model import Decoder, TorchDecoder
+
+__all__ = ["CACHES", "Serving", "open_decoder", "open_generator"]
+
+CACHES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "int8": torch.int8,
+}
+_CONTEXT = 8192  # tokens of a slot, unless the model has or the user wants fewer, or the user more
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How a model is run.
+
+    slots      sequences at a time; context   tokens of each, None: the model's, at most 8,192
+    kernel     a name of `qexport.runtime.kernels.KERNELS`, None: the fastest that does not refuse
+    head_bits  8 rounds the matrix that makes logits to int8; None keeps it as it is
+    cache      dtype of keys and values on the CPU, a name of CACHES
+    dtype      of activations on a GPU, in the reference kernel and in transformers' models
+    threads    of the CPU decoder; None: torch's number
+    """
+
+    slots: int = 1
+    context: int | None = None
+    kernel: str | None = None
+    head_bits: int | None = None
+    cache: str = "float16"
+    dtype: str = "auto"
+    threads: int | None = None
+
+
+def open_generator(path: Path, serving: Serving) -> Generator:
+    """The model at `path`, ready to generate. Raises what reading it and choosing kernels do."""
+    checkpoint = open_checkpoint(path)
+    tokenizer = open_tokenizer(checkpoint)
+    return Generator(open_decoder(checkpoint, serving), tokenizer, _end_tokens(checkpoint))
+
+
+def open_decoder(checkpoint: Checkpoint, serving: Serving) -> Decoder:
+    """The decoder for a checkpoint on this machine's best device."""
+    if serving.kernel is not None and serving.kernel not in KERNELS:
+        raise InputError(f"there is no kernel {serving.kernel!r}; there are {', '.join(KERNELS)}.")
+    device = best_device()
+    config = decoder_config(checkpoint.config)
+    dtype = resolve_dtype(checkpoint, serving.dtype)
+    if device.type == "cpu" and serving.dtype == "auto":
+        dtype = torch.float32
+    if isinstance(config, str):
+        context = serving.context or _CONTEXT
+        return AnyDecoder(
+            checkpoint,
+            slots=serving.slots,
+            context=context,
+            device=device,
+            dtype=dtype,
+            kernel=serving.kernel,
+        )
+    context = min(serving.context or _CONTEXT, config.context)
+    in_cpp = device.type == "cpu" and serving.kernel != "reference"
+    if in_cpp and (serving.kernel is not None or CpuDecoder.refuses(config) is None):
+        return CpuDecoder(
+            checkpoint,
+            config,
+            slots=serving.slots,
+            context=context,
+            cache=CACHES[serving.cache],
+            exact=serving.kernel == "cpu-exact",
+            head_bits=serving.head_bits,
+            threads=serving.threads,
+        )
+    return TorchDecoder(
+        checkpoint,
+        config,
+        slots=serving.slots,
+        context=context,
+        device=device,
+        dtype=dtype,
+        kernel=serving.kernel,
+        head_bits=serving.head_bits,
+    )
+
+
+def _end_tokens(checkpoint: Checkpoint) -> frozenset[int]:
+    """Tokens that end an answer, by config.json and generation_config.json."""
+    found = [checkpoint.config.get("eos_token_id")]
+    path = checkpoint.folder / "generation_config.json"
+    if path.is_file():
+        try:
+            found.append(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{path} is damaged; fetch the checkpoint again.") from error
+    tokens = [t for value in found for t in (value if isinstance(value, list) else [value])]
+    return frozenset(token for token in tokens if type(token) is int)
