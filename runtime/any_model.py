@@ -26,7 +26,7 @@ class AnyDecoder(Decoder):
         checkpoint: Checkpoint,
         *,
         slots: int,
-        context: int,
+        context: int | None,
         device: torch.device,
         dtype: torch.dtype,
         kernel: str | None = None,
@@ -38,7 +38,8 @@ class AnyDecoder(Decoder):
         self._model.to(device).eval()
         config = self._model.config.get_text_config()
         self.slots, self.vocabulary = slots, int(config.vocab_size)
-        self.context = min(context, int(getattr(config, "max_position_embeddings", context)))
+        most = int(getattr(config, "max_position_embeddings", 2048))
+        self.context = most if context is None else min(context, most)
         self.kernels = f"{', '.join(sorted(names))} in transformers' {type(self._model).__name__}"
         self._new_cache = partial(DynamicCache, config=config)
         self._caches: list[Any] = [self._new_cache() for _ in range(slots)]

@@ -66,6 +66,7 @@ class Engine:
 
     def submit(self, prompt: list[int], sampling: Sampling) -> Ticket:
         """Begin a request. Raises InputError for one that can never run, QueueFullError."""
+        self._scheduler.check(prompt, sampling)
         ticket = Ticket(self, prompt, sampling)
         with self._changed:
             if self._ended is not None:

@@ -1,6 +1,7 @@
 """How a checkpoint is served: the decoder that fits the model and the machine."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from qexport.errors import CheckpointError, InputError
 from qexport.formats import open_checkpoint
 from qexport.runtime.any_model import AnyDecoder
 from qexport.runtime.cpu_model import CpuDecoder
-from qexport.runtime.families import decoder_config
+from qexport.runtime.families import DecoderConfig, decoder_config
 from qexport.runtime.generator import Generator
 from qexport.runtime.kernels import KERNELS
 from qexport.runtime.loader import best_device, open_tokenizer, resolve_dtype
@@ -25,14 +26,15 @@ CACHES = {
     "float32": torch.float32,
     "int8": torch.int8,
 }
-_CONTEXT = 8192  # tokens of a slot, unless the model has or the user wants fewer, or the user more
+_SHARE = 0.5  # of the memory that the cache of all slots may come to, unless the user wants more
 
 
 @dataclass(frozen=True)
 class Serving:
     """How a model is run.
 
-    slots      sequences at a time; context   tokens of each, None: the model's, at most 8,192
+    slots      sequences at a time
+    context    tokens of each; None: the model's, as far as all slots go into half the memory
     kernel     a name of `qexport.runtime.kernels.KERNELS`, None: the fastest that does not refuse
     head_bits  8 rounds the matrix that makes logits to int8; None keeps it as it is
     cache      dtype of keys and values on the CPU, a name of CACHES
@@ -66,17 +68,16 @@ def open_decoder(checkpoint: Checkpoint, serving: Serving) -> Decoder:
     if device.type == "cpu" and serving.dtype == "auto":
         dtype = torch.float32
     if isinstance(config, str):
-        context = serving.context or _CONTEXT
         return AnyDecoder(
             checkpoint,
             slots=serving.slots,
-            context=context,
+            context=serving.context,
             device=device,
             dtype=dtype,
             kernel=serving.kernel,
         )
-    context = min(serving.context or _CONTEXT, config.context)
     in_cpp = device.type == "cpu" and serving.kernel != "reference"
+    context = _context(config, serving, CACHES[serving.cache] if in_cpp else dtype, device)
     if in_cpp and (serving.kernel is not None or CpuDecoder.refuses(config) is None):
         return CpuDecoder(
             checkpoint,
@@ -98,6 +99,19 @@ def open_decoder(checkpoint: Checkpoint, serving: Serving) -> Decoder:
         kernel=serving.kernel,
         head_bits=serving.head_bits,
     )
+
+
+def _context(
+    config: DecoderConfig, serving: Serving, cache: torch.dtype, device: torch.device
+) -> int:
+    if serving.context is not None:
+        return min(serving.context, config.context)
+    if device.type == "cuda":
+        memory = torch.cuda.mem_get_info(device)[0]
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    token = 2 * config.layers * config.kv_heads * config.head_dim * cache.itemsize
+    return max(1, min(config.context, int(memory * _SHARE) // (token * serving.slots)))
 
 
 def _end_tokens(checkpoint: Checkpoint) -> frozenset[int]:

@@ -56,11 +56,10 @@ def command(
     name = served_model_name or path.resolve().name
     app = create_app(generator, name, api_key)
     address = f"http://{host}:{listener.getsockname()[1]}/v1"
-    progress_console().print(
-        f"serving {name} at {address}, {slots} requests at a time, by {generator.decoder.kernels}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    console = progress_console()
+    console.print(f"serving {name} at {address}", highlight=False, soft_wrap=True)
+    about = f"{slots} requests at a time, by {generator.decoder.kernels}"
+    console.print(about, highlight=False, soft_wrap=True)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10)
     uvicorn.Server(config).run(sockets=[listener])
 

@@ -29,7 +29,7 @@ _OPTIONS = (
     click.option(
         "--context",
         type=click.IntRange(min=16),
-        help="Tokens of a sequence; default the model's, at most 8192.",
+        help="Tokens of a sequence; default the model's, as far as memory goes.",
     ),
     click.option("--threads", type=click.IntRange(1, 1024), help="Default: as many as cores."),
     click.option(

@@ -249,8 +249,8 @@ def test_what_does_not_fit_is_refused(
 
 
 def test_what_is_left_to_transformers() -> None:
-    base = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4}
-    cases = {
+    base: dict[str, Any] = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4}
+    cases: dict[str, dict[str, Any]] = {
         "'gpt2' is no family": {"model_type": "gpt2"},
         "its activation is gelu": {**base, "hidden_act": "gelu"},
         "its positions are of kind 'dynamic'": {

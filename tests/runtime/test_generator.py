@@ -1,17 +1,30 @@
+"""Requests as users make them: greedy text, ends, stops, cancellation, errors."""
+
+import threading
+from collections.abc import Iterator
+from collections.abc import Sequence as Many
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from qexport.errors import InputError, QexportError
-from qexport.runtime.generator import Generator, Sampling, _StopText
+from qexport.runtime.generator import Generator, Sampling
 from qexport.runtime.loader import open_model
+from qexport.runtime.model import Decoder, Span
+from qexport.runtime.scheduler import QueueFullError
+from qexport.runtime.serving import Serving, open_generator
+from qexport.runtime.text import StopText
+
+EXACT = Serving(slots=3, kernel="cpu-exact", cache="float32")
 
 
-@pytest.fixture(scope="module")
-def generator(tiny_model: Path) -> Generator:
-    model, tokenizer, _ = open_model(tiny_model, "float32")
-    return Generator(model, tokenizer)
+@pytest.fixture(scope="module", params=["cpp", "torch"])
+def generator(tiny_model: Path, request: pytest.FixtureRequest) -> Iterator[Generator]:
+    serving = EXACT if request.param == "cpp" else Serving(slots=3, kernel="reference")
+    with open_generator(tiny_model, serving) as opened:
+        yield opened
 
 
 def text(generator: Generator, prompt: str, sampling: Sampling) -> tuple[str, str | None, int]:
@@ -20,13 +33,33 @@ def text(generator: Generator, prompt: str, sampling: Sampling) -> tuple[str, st
     return "".join(p.text for p in pieces), pieces[-1].finish_reason, pieces[-1].tokens
 
 
-def test_greedy_is_what_transformers_generates(generator: Generator) -> None:
-    prompt = generator.encode("The quick brown fox")
-    expected = generator.model.generate(
-        torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=256
-    )[0, len(prompt) :]
-    found = list(generator._tokens(prompt, Sampling(max_tokens=12)))
-    assert found == expected.tolist()
+def tokens(generator: Generator, prompt: list[int], sampling: Sampling) -> list[int | None]:
+    return [piece.token for piece in generator.stream(prompt, sampling)]
+
+
+def test_greedy_is_what_transformers_generates(generator: Generator, tiny_model: Path) -> None:
+    model, _, _ = open_model(tiny_model, "float32")
+    for words in ("The quick brown fox", "x", "naïve 🙂"):
+        prompt = generator.encode(words)
+        expected = model.generate(
+            torch.tensor([prompt]), max_new_tokens=30, do_sample=False, pad_token_id=256
+        )[0, len(prompt) :]
+        assert tokens(generator, prompt, Sampling(max_tokens=30)) == expected.tolist()
+
+
+def test_greedy_does_not_depend_on_the_batch(generator: Generator) -> None:
+    prompts = [generator.encode(f"{n} little words " * n) for n in range(1, 8)]
+    alone = [tokens(generator, prompt, Sampling(max_tokens=20)) for prompt in prompts]
+    tickets = [generator.stream(prompt, Sampling(max_tokens=20)) for prompt in prompts]
+    assert [[piece.token for piece in ticket] for ticket in tickets] == alone
+
+
+def test_what_a_slot_holds_is_not_run_again(generator: Generator) -> None:
+    prompt = generator.encode("A sentence that is long enough to be worth keeping.")
+    first = list(generator.stream(prompt, Sampling(max_tokens=5)))
+    again = list(generator.stream(prompt, Sampling(max_tokens=5)))
+    assert again[0].cached == len(prompt) - 1
+    assert [piece.token for piece in again] == [piece.token for piece in first]
 
 
 def test_length_and_seed(generator: Generator) -> None:
@@ -37,20 +70,26 @@ def test_length_and_seed(generator: Generator) -> None:
     assert first[1:] == ("length", 20)
 
 
-def test_it_ends_at_the_end_token(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = next(generator._tokens(generator.encode("abc"), Sampling(max_tokens=1)))
-    monkeypatch.setattr(generator, "_end", frozenset([first]))
-    assert text(generator, "abc", Sampling(max_tokens=9)) == ("", "stop", 1)
+def test_it_ends_at_the_end_token(tiny_model: Path) -> None:
+    with open_generator(tiny_model, EXACT) as plain:
+        first = tokens(plain, plain.encode("abc"), Sampling(max_tokens=1))[0]
+        assert first is not None
+        with Generator(plain.decoder, plain.tokenizer, frozenset([first])) as ending:
+            assert text(ending, "abc", Sampling(max_tokens=9)) == ("", "stop", 1)
+            assert text(ending, "abc", Sampling(9, ignore_end=True))[1:] == ("length", 9)
 
 
-def test_top_p_keeps_the_smallest_set(generator: Generator) -> None:
-    greedy = text(generator, "hello", Sampling(max_tokens=10))
-    assert text(generator, "hello", Sampling(10, temperature=2.0, top_p=1e-6)) == greedy
+def test_a_stop_string_ends_it(generator: Generator) -> None:
+    whole, _, _ = text(generator, "hello", Sampling(max_tokens=30))
+    stop = whole[5:8]
+    found, reason, count = text(generator, "hello", Sampling(max_tokens=30, stop=(stop,)))
+    assert (found, reason) == (whole[: whole.index(stop)], "stop")
+    assert count < 30
 
 
 @pytest.mark.parametrize("chunks", [["ab", "cSTO", "P", "x"], ["abcSTOPx"], list("abcSTOPx")])
 def test_stop_strings_across_pieces(chunks: list[str]) -> None:
-    stopper = _StopText(("STOP", "never"))
+    stopper = StopText(("STOP", "never"))
     shown = ""
     for chunk in chunks:
         shown += stopper.feed(chunk)
@@ -60,7 +99,7 @@ def test_stop_strings_across_pieces(chunks: list[str]) -> None:
 
 
 def test_text_held_for_a_stop_that_does_not_come_is_given_back() -> None:
-    stopper = _StopText(("STOP",))
+    stopper = StopText(("STOP",))
     assert stopper.feed("abST") == "ab"
     assert stopper.feed("AR") == "STAR"
     assert stopper.feed("S") == ""
@@ -84,6 +123,7 @@ def test_characters_of_several_tokens_come_whole(generator: Generator) -> None:
         ([], 5, "prompt is empty"),
         ([1] * 500, 13, "does not fit the context of 512"),
         ([9999], 5, "token 9999 is not in the model's vocabulary"),
+        ([-1], 5, "is not in the model's vocabulary"),
     ],
 )
 def test_bad_prompts(
@@ -93,9 +133,73 @@ def test_bad_prompts(
         generator.stream(prompt, Sampling(max_tokens=max_tokens))
 
 
-def test_nan_is_an_error_and_not_a_row_of_exclamation_marks(tiny_model: Path) -> None:
-    model, tokenizer, _ = open_model(tiny_model, "float32")
-    model.model.norm.weight.data.fill_(float("nan"))
-    broken = Generator(model, tokenizer)
-    with pytest.raises(QexportError, match="gave NaN"):
-        list(broken.stream([1, 2], Sampling(max_tokens=2)))
+def test_a_closed_request_gives_its_slot_back(generator: Generator) -> None:
+    tickets = [generator.stream([1, 2], Sampling(max_tokens=400)) for _ in range(5)]
+    for ticket in tickets:
+        ticket.close()
+        ticket.close()
+        assert list(ticket)[-1].finish_reason == "cancelled"
+    assert text(generator, "hello", Sampling(max_tokens=3))[2] == 3
+
+
+class Faulty(Decoder):
+    """A decoder whose steps break, or give NaN, where a token says so."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self.slots, self.context = decoder.slots, decoder.context
+        self.vocabulary, self.kernels = decoder.vocabulary, decoder.kernels
+
+    def forward(self, spans: Many[Span]) -> Tensor:
+        if any(66 in span.tokens for span in spans):
+            raise RuntimeError("a broken step")
+        logits = self._decoder.forward(spans).clone()
+        for row, span in zip(logits, [span for span in spans if span.logits], strict=True):
+            if 67 in span.tokens:
+                row[5] = float("nan")
+        return logits
+
+
+def test_a_fault_ends_one_request(tiny_model: Path) -> None:
+    with open_generator(tiny_model, EXACT) as plain:
+        want = tokens(plain, [1, 2, 3], Sampling(max_tokens=8))
+        with Generator(Faulty(plain.decoder), plain.tokenizer) as generator:
+            prompts = ([1, 2, 3], [1, 66], [1, 67], [1, 2, 3])
+            tickets = [
+                generator.stream(p, Sampling(max_tokens=8, ignore_end=True)) for p in prompts
+            ]
+            assert [piece.token for piece in tickets[0]] == want
+            with pytest.raises(RuntimeError, match="a broken step"):
+                list(tickets[1])
+            with pytest.raises(QexportError, match="gave NaN"):
+                list(tickets[2])
+            assert [piece.token for piece in tickets[3]] == want
+
+
+def test_the_queue_is_bounded(tiny_model: Path) -> None:
+    with open_generator(tiny_model, EXACT) as plain:
+        gate = threading.Event()
+
+        class Waiting(Faulty):
+            def forward(self, spans: Many[Span]) -> Tensor:
+                gate.wait(30)
+                return super().forward(spans)
+
+        with Generator(Waiting(plain.decoder), plain.tokenizer, waiting=2) as generator:
+            tickets = [generator.stream([1], Sampling(max_tokens=2)) for _ in range(2)]
+            with pytest.raises(QueueFullError, match="2 requests are waiting"):
+                # three have slots by and by
+                tickets.extend(generator.stream([1], Sampling(max_tokens=2)) for _ in range(4))
+            gate.set()
+            assert all(list(ticket)[-1].finish_reason for ticket in tickets)
+
+
+def test_a_closed_engine_fails_what_runs(tiny_model: Path) -> None:
+    generator = open_generator(tiny_model, EXACT)
+    ticket = generator.stream([1], Sampling(max_tokens=500))
+    engine = generator.engine
+    generator.close()
+    with pytest.raises(QexportError, match="the engine has ended"):
+        list(ticket)
+    with pytest.raises(QexportError, match="the engine has ended"):
+        engine.submit([1], Sampling(max_tokens=1))

@@ -1,0 +1,193 @@
+"""The scheduler under random arrivals, cancels and ends: every request ends exactly once."""
+
+from collections.abc import Sequence as Many
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from tokenizers import Tokenizer, models
+from torch import Tensor
+
+from qexport.errors import InputError
+from qexport.runtime.model import Decoder, Span
+from qexport.runtime.sampler import Sampler, Sampling
+from qexport.runtime.scheduler import Piece, QueueFullError, Scheduler, Sequence
+from qexport.runtime.text import TextStream
+
+END = 0
+VOCABULARY = 40
+BREAKS = 39  # a token that breaks the step it is run in
+WORDS = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w1"))
+
+
+class Counting(Decoder):
+    """A decoder whose next token is a function of all tokens in the slot, which it checks."""
+
+    def __init__(self, slots: int, context: int) -> None:
+        self.slots, self.context, self.vocabulary, self.kernels = slots, context, VOCABULARY, ""
+        self.held: list[list[int]] = [[] for _ in range(slots)]
+
+    def forward(self, spans: Many[Span]) -> Tensor:
+        assert len({span.slot for span in spans}) == len(spans)
+        if any(BREAKS in span.tokens for span in spans):
+            raise RuntimeError("broken")
+        rows = []
+        for span in spans:
+            assert len(span.tokens) > 0
+            assert span.start <= len(self.held[span.slot]), "what the slot lacks is not skipped"
+            assert span.start + len(span.tokens) <= self.context
+            self.held[span.slot][span.start :] = span.tokens
+            if span.logits:
+                row = torch.zeros(VOCABULARY)
+                row[following(self.held[span.slot])] = 1
+                rows.append(row)
+        return torch.stack(rows) if rows else torch.empty(0, VOCABULARY)
+
+
+def following(tokens: list[int]) -> int:
+    return (sum((i + 1) * token for i, token in enumerate(tokens)) * 7 + len(tokens)) % 38
+
+
+def expected(prompt: list[int], most: int) -> list[int]:
+    made: list[int] = []
+    while len(made) < most:
+        made.append(following(prompt + made))
+        if made[-1] == END:
+            break
+    return made
+
+
+class Machine(RuleBasedStateMachine):
+    """Requests come, are cancelled, break and end in any order."""
+
+    @initialize(slots=st.integers(1, 4), queue=st.integers(0, 5), chunk=st.integers(1, 16))
+    def begin(self, slots: int, queue: int, chunk: int) -> None:
+        self.decoder = Counting(slots, 48)
+        self.scheduler = Scheduler(self.decoder, frozenset([END]), queue=queue, chunk=chunk)
+        self.queue = queue
+        self.open: list[Sequence] = []
+        self.pieces: dict[Sequence, list[Piece]] = {}
+
+    @rule(
+        prompt=st.lists(st.sampled_from([1, 1, 2, 3, BREAKS]), max_size=30),
+        most=st.integers(1, 25),
+    )
+    def arrive(self, prompt: list[int], most: int) -> None:
+        pieces: list[Piece] = []
+        sampling = Sampling(max_tokens=most)
+        text = TextStream(WORDS, prompt, ())
+        sequence = Sequence(prompt, sampling, Sampler(sampling, prompt), text, pieces.append)
+        try:
+            self.scheduler.submit(sequence)
+        except InputError:
+            assert not prompt or len(prompt) + most > 48
+            return
+        except QueueFullError:
+            assert self.scheduler.waiting == self.queue
+            return
+        self.open.append(sequence)
+        self.pieces[sequence] = pieces
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from(self.open))
+        self.scheduler.cancel(sequence)
+        self.scheduler.cancel(sequence)
+        self.open.remove(sequence)
+        self.pieces.pop(sequence)
+
+    @rule(count=st.integers(1, 8))
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.scheduler.step()
+        for sequence in list(self.open):
+            if any(piece.last for piece in self.pieces[sequence]):
+                self.ended(sequence)
+
+    def ended(self, sequence: Sequence) -> None:
+        pieces = self.pieces.pop(sequence)
+        self.open.remove(sequence)
+        assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+        if BREAKS in sequence.prompt:
+            assert isinstance(pieces[-1].error, RuntimeError)
+            return
+        want = expected(sequence.prompt, sequence.sampling.max_tokens)
+        assert [piece.token for piece in pieces] == want
+        assert pieces[-1].finish_reason == ("stop" if want[-1] == END else "length")
+
+    @invariant()
+    def slots_are_kept(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        held = [sequence.slot for sequence in self.scheduler._running]
+        free = list(self.scheduler._free)
+        assert sorted([*held, *free]) == list(range(self.decoder.slots))  # type: ignore[type-var]
+        assert len(self.open) == self.scheduler.running + self.scheduler.waiting
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        for _ in range(400):
+            self.scheduler.step()
+        for sequence in list(self.open):
+            self.ended(sequence)
+        assert not self.scheduler.busy
+        assert len(self.scheduler._free) == self.decoder.slots
+
+
+TestScheduler = Machine.TestCase
+# 200 runs of 50 rules, most of them several steps: more than 10,000 steps
+TestScheduler.settings = settings(
+    max_examples=200,
+    stateful_step_count=50,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+
+def run(scheduler: Scheduler, prompts: list[list[int]], most: int = 5) -> list[list[Piece]]:
+    found: list[list[Piece]] = [[] for _ in prompts]
+    for prompt, pieces in zip(prompts, found, strict=True):
+        sampling = Sampling(max_tokens=most, ignore_end=True)
+        text = TextStream(WORDS, prompt, ())
+        scheduler.submit(Sequence(prompt, sampling, Sampler(sampling, prompt), text, pieces.append))
+    while scheduler.busy:
+        scheduler.step()
+    return found
+
+
+def test_the_longest_prefix_is_reused() -> None:
+    scheduler = Scheduler(Counting(3, 48), frozenset(), chunk=64)
+    run(scheduler, [[1, 2, 3, 4], [5, 6, 7, 8], [1, 2]])
+    found = run(scheduler, [[5, 6, 7, 9], [1, 2, 3, 9]])
+    assert [pieces[0].cached for pieces in found] == [3, 3]
+    assert run(scheduler, [[1, 2, 3, 9]])[0][0].cached == 3  # one token is run for its logits
+
+
+def test_a_long_prompt_does_not_hold_up_the_others() -> None:
+    decoder = Counting(2, 48)
+    scheduler = Scheduler(decoder, frozenset(), chunk=4)
+    pieces: list[list[Piece]] = [[], []]
+    for prompt, told in zip(([1], [2] * 40), pieces, strict=True):
+        sampling = Sampling(max_tokens=8, ignore_end=True)
+        text = TextStream(WORDS, prompt, ())
+        scheduler.submit(Sequence(prompt, sampling, Sampler(sampling, prompt), text, told.append))
+    for _ in range(8):
+        scheduler.step()
+    assert (len(pieces[0]), len(pieces[1])) == (8, 0)
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_prompts_are_run_in_chunks_where_they_may(chunked: bool) -> None:
+    decoder = Counting(1, 48)
+    decoder.chunked = chunked
+    scheduler = Scheduler(decoder, frozenset(), chunk=4)
+    pieces: list[Piece] = []
+    sampling = Sampling(max_tokens=1)
+    text = TextStream(WORDS, [2] * 9, ())
+    scheduler.submit(Sequence([2] * 9, sampling, Sampler(sampling, []), text, pieces.append))
+    scheduler.step()
+    assert len(pieces) == (0 if chunked else 1)
