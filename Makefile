@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check fmt test-gpu bench fuzz oracle
+.PHONY: setup demo test check fmt test-gpu bench fuzz oracle peers
 
 setup: .venv/.ready
 
@@ -41,7 +41,17 @@ oracle: .venv-oracle/.ready
 fuzz: setup
 	$(BIN)/python -m tests.fuzz --count 200000
 
-bench: setup
+# onnxruntime and llama.cpp, beside which the benchmarks run.
+peers: .venv-bench/.ready
+
+.venv-bench/.ready: benchmarks/peers.py
+	$(PYTHON) benchmarks/peers.py
+
+bench: setup peers
 	$(BIN)/python -m benchmarks.fake_quant
 	$(BIN)/python -m benchmarks.bits
 	$(BIN)/python benchmarks/pack.py
+	$(BIN)/python -m benchmarks.cpu_kernels
+	$(BIN)/python -m benchmarks.cpu_kernels --hot
+	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.decode --shape 1b
