@@ -33,6 +33,7 @@ __all__ = [
     "read_layer",
 ]
 
+_ROWS = 4096  # of a head that are rounded at a time
 _DENSE = (torch.float32, torch.bfloat16, torch.float16)
 
 Weight = tuple[QuantizedTensor | Tensor, Tensor | None]  # [out, in], and a bias [out]
@@ -142,12 +143,20 @@ def read_head(checkpoint: Checkpoint, config: DecoderConfig, bits: int | None) -
     weight, bias = _weight(checkpoint, name, (config.vocabulary, config.hidden))
     if bits is None or isinstance(weight, QuantizedTensor):
         return weight, bias
+    return _rounded(weight), bias
+
+
+def _rounded(weight: Tensor) -> QuantizedTensor:
+    """A dense matrix on the int8 grid, rounded to nearest, some rows at a time."""
     inputs = weight.shape[1]
-    group = next((size for size in (64, 32) if inputs % size == 0), None)
-    scheme = Scheme(INT8, group)
-    values = weight.float()
-    largest = values.view(len(values), scheme.groups(inputs), -1).abs().amax(-1)
-    return quantize(values, portable(largest / 127), scheme), bias
+    scheme = Scheme(INT8, next((size for size in (64, 32) if inputs % size == 0), None))
+    parts = []
+    for rows in torch.split(weight, _ROWS):
+        values = rows.float()
+        largest = values.view(len(values), scheme.groups(inputs), -1).abs().amax(-1)
+        parts.append(quantize(values, portable(largest / 127), scheme))
+    codes = torch.cat([part.codes for part in parts])
+    return QuantizedTensor(codes, torch.cat([part.scales for part in parts]), scheme)
 
 
 def read_dense(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Tensor:
