@@ -53,5 +53,6 @@ bench: setup peers
 	$(BIN)/python benchmarks/pack.py
 	$(BIN)/python -m benchmarks.cpu_kernels
 	$(BIN)/python -m benchmarks.cpu_kernels --hot
+	$(BIN)/python -m benchmarks.threads
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.decode --shape 1b

@@ -119,7 +119,9 @@ class Context:
         self._library = kernels
         self.handle = c_void_p(kernels.qx_context_new(self.threads))
         if not self.handle:
-            raise MemoryError
+            raise UnsupportedError(
+                f"the system does not give {self.threads} threads; ask for fewer with --threads."
+            )
 
     def __del__(self) -> None:
         if getattr(self, "handle", None):

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include <atomic>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -197,7 +198,13 @@ void qx_context::layer(const qx_model& M, const qx_layer& L, const qx_step& S, f
     linear(L.down, act, n, {x, M.hidden, 1, M.residual_scale}, M.exact);
 }
 
-qx_context* qx_context_new(int threads) { return new (std::nothrow) qx_context(threads); }
+qx_context* qx_context_new(int threads) {
+    try {
+        return new qx_context(threads);
+    } catch (const std::exception&) {
+        return nullptr;
+    }
+}
 
 void qx_context_free(qx_context* context) { delete context; }
 

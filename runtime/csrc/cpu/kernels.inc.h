@@ -101,9 +101,13 @@ struct Sums {
 
 SI int round_up(int x, int to) { return (x + to - 1) / to * to; }
 
+SI vf load_scale(const uint8_t* p, int size) {
+    return size == 2 ? f_load_f16((const uint16_t*)p) : f_load((const float*)p);
+}
+
 SI vf load_scale(const qx_linear& L, long at) {
-    return L.dtype == QX_F16 ? f_load_f16((const uint16_t*)L.scales + at)
-                             : f_load((const float*)L.scales + at);
+    const int size = L.dtype == QX_F16 ? 2 : 4;
+    return load_scale((const uint8_t*)L.scales + at * size, size);
 }
 
 SI vf load_zero(const qx_linear& L, long at) {
@@ -156,7 +160,9 @@ SI void stream_blocks(const qx_linear& L, const qx_acts& A, int block, int m, co
         w[r] = (const uint8_t*)L.weight + (block + r) * stride;
         for (int t = 0; t < T; ++t) y[r][t] = f_zero();
     }
-    for (int a = 0; a < A.groups; ++a) {
+    const uint8_t* scales = (const uint8_t*)L.scales + (long)block * groups * 16 * scale_size;
+    const uint8_t* zeros = L.zeros ? L.zeros + (long)block * groups * 16 : nullptr;
+    for (int a = 0, shared = 0; a < A.groups; ++a) {
         Sums<B> sums[R][T];
         for (int r = 0; r < R; ++r)
             for (int t = 0; t < T; ++t) Sums<B>::clear(sums[r][t]);
@@ -179,14 +185,20 @@ SI void stream_blocks(const qx_linear& L, const qx_acts& A, int block, int m, co
             });
         }
         for (int r = 0; r < R; ++r) {
-            const long at = ((long)(block + r) * groups + a / per_group) * 16;
-            const vf scale = load_scale(L, at), zero = load_zero(L, at);
-            __builtin_prefetch((const uint8_t*)L.scales + (at + R * 16 * groups) * scale_size);
+            const long at = (long)r * groups * 16;
+            const vf scale = load_scale(scales + at * scale_size, scale_size);
+            const vf zero = zeros ? f_load_u8(zeros + at) : f_set(L.zero);
+            __builtin_prefetch(scales + (at + R * 16 * groups) * scale_size);
             for (int t = 0; t < T; ++t) {
                 const long g = (long)(m + t) * A.groups + a;
                 y[r][t] = take_group(y[r][t], Sums<B>::total(sums[r][t]), Sums<B>::top, scale, zero,
                                      A.scale[g], A.sum[g]);
             }
+        }
+        if (++shared == per_group) {  // the next weight group's
+            shared = 0;
+            scales += 16 * scale_size;
+            zeros += zeros ? 16 : 0;
         }
     }
     for (int r = 0; r < R; ++r)

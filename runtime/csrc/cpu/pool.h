@@ -32,6 +32,7 @@ class Pool {
     void run(int count, Call call, const void* task);
     void work();
     void take();
+    void end();
 
     std::vector<std::thread> workers_;
     Call call_ = nullptr;

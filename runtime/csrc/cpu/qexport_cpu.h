@@ -60,7 +60,7 @@ typedef struct {
 
 typedef struct qx_context qx_context;
 
-// Threads include the caller's. Null where there is no memory.
+// Threads include the caller's. Null where the system has no more threads or memory.
 qx_context* qx_context_new(int threads);
 void qx_context_free(qx_context*);
 
