@@ -70,10 +70,15 @@ class Cli:
     """The command line as a user has it: a process, its output and its exit code."""
 
     def __call__(
-        self, *arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None
+        self,
+        *arguments: object,
+        env: dict[str, str] | None = None,
+        cwd: Path | None = None,
+        stdin: str | None = None,
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "qexport", *map(str, arguments)],
+            input=stdin,
             capture_output=True,
             text=True,
             timeout=300,

@@ -98,3 +98,29 @@ def test_doctor(cli: Cli) -> None:
     assert result["packages"]["torch"]
     assert result["cpu"]["cores"]
     assert "reference" in result["kernels"]
+
+
+def test_kernels_and_caches_may_be_named(cli: Cli, runs: Runs) -> None:
+    """Every way of running a model gives text; what there is not is named in one sentence."""
+    run = runs("2")
+    arguments = ("generate", run, "-p", "hello", "--max-tokens", 4)
+    exact = cli(*arguments, "--kernel", "cpu-exact", "--kv-cache", "float32")
+    assert exact.returncode == 0, exact.stderr
+    reference = cli(*arguments, "--kernel", "reference")
+    assert reference.stdout == exact.stdout
+    quick = cli(*arguments, "--head-bits", "8", "--kv-cache", "int8", "--threads", 1)
+    assert quick.returncode == 0, quick.stderr
+    wrong = cli(*arguments, "--kernel", "fast")
+    assert wrong.returncode == 2
+    assert "there is no kernel 'fast'; there are cpu, cpu-exact, reference" in wrong.stderr
+    short = cli(*arguments[:-1], 40, "--context", 32)
+    assert short.returncode == 2
+    assert "does not fit the context of 32" in short.stderr
+
+
+def test_chat_forgets(cli: Cli, runs: Runs) -> None:
+    said = "hello\n/reset\nhello\n\n"
+    result = cli("chat", runs("2"), "--max-tokens", 4, stdin=said)
+    assert result.returncode == 0, result.stderr
+    first, second, *rest = result.stdout.split("\n")
+    assert (first, rest) == (second, [""])
