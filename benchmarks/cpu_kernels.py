@@ -29,7 +29,7 @@ GROUPS = (32, 64, 128)
 OURS = ("seq2", "int3", "int4", "int8", "binary")
 TOTAL = 192 << 20
 PASSES = 100  # matrices that one measurement goes through
-PAUSE = 0.03  # seconds, in which the threads of the one before go to sleep
+PAUSE = 0.05  # seconds, in which the threads of the one before go to sleep
 
 Pass = Callable[[], float]  # seconds for one matrix, averaged over all copies
 

@@ -141,7 +141,7 @@ SI vf take_group(vf y, vi total, int top, vf scale, vf zero, float x_scale, floa
 
 // ---------------------------------------------------------------- int8 activations, few tokens
 
-static const long FAR = 16384;  // bytes to read ahead
+static const long FAR = 3072;  // bytes to read ahead
 
 // R blocks of outputs for T tokens; codes are read once, and multiplied where they stand.
 template <int B, int R, int T>

@@ -61,5 +61,9 @@ template <int N>
 SI vi i_shr(vi a) { return _mm512_srli_epi32(a, N); }
 SI void i_store_i8(int8_t* p, vi a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(a)); }
 // Adds to each lane the products of its four unsigned bytes of `w` with the four signed ones of x.
-SI vi i_dot4(vi acc, vi w, int32_t x) { return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(x)); }
+SI vi i_dot4(vi acc, vi w, int32_t x) {
+    // Written out: compilers copy the accumulator around the intrinsic.
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(_mm512_set1_epi32(x)));
+    return acc;
+}
 SI int32_t i_sum_all(vi a) { return _mm512_reduce_add_epi32(a); }
