@@ -202,8 +202,8 @@ def run(shape: str, work: Path, threads: int, rounds: int) -> dict[str, Any]:
     contenders: dict[str, Callable[[], dict[str, float]]] = {}
     loads = {}
     for grid in ("int4", "int3", "seq2"):
-        for head in (None, 8):
-            name = f"qexport {grid}{', int8 head' if head else ''}"
+        for head in (None, 8, 4):
+            name = f"qexport {grid}{f', int{head} head' if head else ''}"
             ours = Ours(made[grid], threads, head)
             loads[name] = ours.load_seconds
             contenders[name] = ours.round

@@ -1,7 +1,8 @@
-"""Whether our threads and torch's slow each other: each alone, and in turns within one process.
+"""Whether our layers and torch's operations slow each other: each alone, and in turns.
 
-`python -m benchmarks.threads` alternates a decoding step's worth of our kernels with torch matrix
-products. Threads that spin after their work would show as turns that take longer than the parts.
+`python -m benchmarks.threads` alternates a layer of ours with a matrix product of torch's, as a
+transformers model with replaced layers does. Threads that spin after their work would show as turns
+that take longer than the parts.
 """
 
 import statistics

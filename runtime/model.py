@@ -15,7 +15,7 @@ from torch.nn.functional import embedding, scaled_dot_product_attention, silu
 
 from qexport.checkpoint import Checkpoint
 from qexport.errors import CheckpointError
-from qexport.grid import INT8, Scheme
+from qexport.grid import INT4, INT8, Scheme
 from qexport.runtime.families import DecoderConfig
 from qexport.runtime.kernels import Linear, choose
 from qexport.runtime.kernels.reference import ReferenceKernel
@@ -138,23 +138,28 @@ def read_embedding(checkpoint: Checkpoint, config: DecoderConfig) -> Tensor:
 
 
 def read_head(checkpoint: Checkpoint, config: DecoderConfig, bits: int | None) -> Weight:
-    """The matrix that makes logits; with 8 `bits` rounded to int8 in groups of at most 64."""
+    """The matrix that makes logits; with 8 or 4 `bits` a dense one is rounded, see `_rounded`."""
     name = "model.embed_tokens" if config.tied or "lm_head.weight" not in checkpoint else "lm_head"
     weight, bias = _weight(checkpoint, name, (config.vocabulary, config.hidden))
     if bits is None or isinstance(weight, QuantizedTensor):
         return weight, bias
-    return _rounded(weight), bias
+    return _rounded(weight, bits), bias
 
 
-def _rounded(weight: Tensor) -> QuantizedTensor:
-    """A dense matrix on the int8 grid, rounded to nearest, some rows at a time."""
+def _rounded(weight: Tensor, bits: int) -> QuantizedTensor:
+    """A dense matrix rounded to nearest, some rows at a time.
+
+    8 bits in groups of 64 inputs, 4 bits in groups of 32; per row where neither divides a row.
+    """
     inputs = weight.shape[1]
-    scheme = Scheme(INT8, next((size for size in (64, 32) if inputs % size == 0), None))
+    sizes = (64, 32) if bits == 8 else (32,)
+    grid = {8: INT8, 4: INT4}[bits]
+    scheme = Scheme(grid, next((size for size in sizes if inputs % size == 0), None))
     parts = []
     for rows in torch.split(weight, _ROWS):
         values = rows.float()
         largest = values.view(len(values), scheme.groups(inputs), -1).abs().amax(-1)
-        parts.append(quantize(values, portable(largest / 127), scheme))
+        parts.append(quantize(values, portable(largest / (grid.levels // 2 - 1)), scheme))
     codes = torch.cat([part.codes for part in parts])
     return QuantizedTensor(codes, torch.cat([part.scales for part in parts]), scheme)
 

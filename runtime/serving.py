@@ -36,7 +36,7 @@ class Serving:
     slots      sequences at a time
     context    tokens of each; None: the model's, as far as all slots go into half the memory
     kernel     a name of `qexport.runtime.kernels.KERNELS`, None: the fastest that does not refuse
-    head_bits  8 rounds the matrix that makes logits to int8; None keeps it as it is
+    head_bits  8 or 4: rounds the matrix that makes logits to int8 or int4; None keeps it as it is
     cache      dtype of keys and values on the CPU, a name of CACHES
     dtype      of activations on a GPU, in the reference kernel and in transformers' models
     threads    of the CPU decoder; None: torch's number

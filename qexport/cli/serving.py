@@ -15,8 +15,8 @@ _OPTIONS = (
     ),
     click.option(
         "--head-bits",
-        type=click.Choice(["8"]),
-        help="Round the matrix that makes logits to int8: faster, and no longer exact.",
+        type=click.Choice(["8", "4"]),
+        help="Round the matrix that makes logits to int8 or int4: faster, and no longer exact.",
     ),
     click.option(
         "--kv-cache",

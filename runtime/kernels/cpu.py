@@ -21,7 +21,7 @@ __all__ = ["CpuKernel", "CpuLinear"]
 
 _WIDTHS = {1: 1, 2: 2, 3: 3, 4: 4, 8: 8, 5: 8, 6: 8}  # of codes: of the packed ones
 _ACTIVATION_GROUPS = (128, 96, 64, 32)
-_BLOCK = 16  # rows, see layout.cpp
+_BLOCK = 32  # rows, see layout.cpp
 _PAD = 32  # inputs
 
 
@@ -119,7 +119,7 @@ class _Kept:
 
 
 def _in_blocks(values: Tensor) -> Tensor:
-    """[out, groups] as [blocks of 16, groups, 16], zeros in the rows after the last."""
+    """[out, groups] as [blocks of 32, groups, 32], zeros in the rows after the last."""
     out, groups = values.shape
     blocks = -(-out // _BLOCK)
     padded = torch.zeros(blocks * _BLOCK, groups, dtype=values.dtype)

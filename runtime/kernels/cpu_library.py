@@ -72,7 +72,7 @@ class CpuStep(Structure):
 
 
 _FUNCTIONS = {
-    "qx_context_new": (c_void_p, [c_int]),
+    "qx_context_new": (c_void_p, [c_int, c_void_p]),
     "qx_context_free": (None, [c_void_p]),
     "qx_isa": (c_char_p, []),
     "qx_force_isa": (c_int, [c_char_p]),
@@ -110,14 +110,20 @@ def library() -> CDLL | None:
 
 
 class Context:
-    """Threads and their buffers. `threads` counts the calling one; default: torch's number."""
+    """Threads and their buffers.
 
-    def __init__(self, threads: int | None = None) -> None:
+    threads   with the calling one; default: torch's number
+    shared    torch's own threads, where its OpenMP is to be found, instead of threads that would
+              spin beside them: for layers that stand between torch's operations
+    """
+
+    def __init__(self, threads: int | None = None, *, shared: bool = False) -> None:
         kernels = library()
         assert kernels is not None
         self.threads = threads or torch.get_num_threads()
         self._library = kernels
-        self.handle = c_void_p(kernels.qx_context_new(self.threads))
+        parallel = _torchs_openmp() if shared else None
+        self.handle = c_void_p(kernels.qx_context_new(self.threads, parallel))
         if not self.handle:
             raise UnsupportedError(
                 f"the system does not give {self.threads} threads; ask for fewer with --threads."
@@ -131,7 +137,15 @@ class Context:
 @lru_cache(maxsize=1)
 def default_context() -> Context:
     """The one that layers outside a decoder share."""
-    return Context()
+    return Context(shared=True)
+
+
+def _torchs_openmp() -> int | None:
+    """Address of the function by which torch starts its threads: libgomp's, or libomp's own."""
+    try:
+        return ctypes.cast(CDLL(None).GOMP_parallel, c_void_p).value
+    except (AttributeError, OSError, TypeError):  # another threading; no such namespace
+        return None
 
 
 def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:

@@ -28,10 +28,10 @@ struct Exact {
 
 struct Layer {
     Layer(int bits, int n, int k, int group, bool zeros, bool half, bool biased)
-        : n(n), k(k), padded((k + 31) / 32 * 32), blocks((n + 15) / 16),
+        : n(n), k(k), padded((k + 31) / 32 * 32), blocks((n + 31) / 32),
           group(group ? group : (padded + 127) / 128 * 128), groups((padded + this->group - 1) / this->group),
-          codes((size_t)n * k), packed(qx_packed_bytes(bits, n, k)), scales((size_t)blocks * groups * 16 * 4),
-          zero((size_t)blocks * groups * 16), bias(n) {
+          codes((size_t)n * k), packed(qx_packed_bytes(bits, n, k)), scales((size_t)blocks * groups * 32 * 4),
+          zero((size_t)blocks * groups * 32), bias(n) {
         for (size_t i = 0; i < codes.count; ++i) codes[i] = (uint8_t)(draw() % (1u << bits));
         qx_pack(codes.p, bits, n, k, packed.p);
         for (size_t i = 0; i < zero.count; ++i) {
@@ -49,7 +49,7 @@ struct Layer {
         this->half = half;
     }
     float scale(int row, int g) {
-        const size_t at = ((size_t)(row / 16) * groups + g) * 16 + row % 16;
+        const size_t at = ((size_t)(row / 32) * groups + g) * 32 + row % 32;
         if (!half) {
             float value;
             memcpy(&value, scales.p + 4 * at, 4);
@@ -62,7 +62,7 @@ struct Layer {
     double want(const float* x, int row) {
         double sum = linear.bias ? bias[row] : 0.0;
         for (int i = 0; i < k; ++i) {
-            const size_t at = ((size_t)(row / 16) * groups + i / group) * 16 + row % 16;
+            const size_t at = ((size_t)(row / 32) * groups + i / group) * 32 + row % 32;
             const double z = linear.zeros ? zero[at] : 1.5;
             sum += (double)scale(row, i / group) * (codes[(size_t)row * k + i] - z) * x[i];
         }
@@ -153,7 +153,7 @@ int main() {
         if (qx_force_isa(isa)) continue;
         ++sets;
         for (int threads : {1, 3}) {
-            qx_context* context = qx_context_new(threads);
+            qx_context* context = qx_context_new(threads, nullptr);
             if (threads == 1) linears(context);
             for (int cache : {QX_F32, QX_BF16, QX_F16, QX_I8}) {
                 model(context, 16, 6, 2, cache, 0);

@@ -78,7 +78,7 @@ class Buffer {
 }  // namespace
 
 struct qx_context {
-    explicit qx_context(int threads) : pool(threads) {}
+    qx_context(int threads, qx_parallel parallel) : pool(threads, parallel) {}
     Pool pool;
     std::mutex busy;  // one call at a time: the buffers are shared
     Buffer<int8_t> q;
@@ -100,7 +100,7 @@ struct qx_context {
             share(L.n, 4, [&](int a, int b) { K.dense(&L, x, m, a, b, &out); });
             return;
         }
-        const int blocks = (L.n + 15) / 16, padded_k = round_up(L.k, 32);
+        const int blocks = (L.n + 31) / 32, padded_k = round_up(L.k, 32);
         if (exact) {
             const float* from = x;
             if (padded_k != L.k) {
@@ -124,7 +124,7 @@ struct qx_context {
                        scales + (size_t)t * groups, sums + (size_t)t * groups);
         });
         const qx_acts acts = {m, padded_k, groups, to, scales, sums};
-        share(blocks, 2, [&](int a, int b) { K.matmul(&L, &acts, a, b, &out); });
+        share(blocks, 1, [&](int a, int b) { K.matmul(&L, &acts, a, b, &out); });
     }
 
     // Calls task(token) for all tokens; few are not worth other threads.
@@ -198,9 +198,9 @@ void qx_context::layer(const qx_model& M, const qx_layer& L, const qx_step& S, f
     linear(L.down, act, n, {x, M.hidden, 1, M.residual_scale}, M.exact);
 }
 
-qx_context* qx_context_new(int threads) {
+qx_context* qx_context_new(int threads, qx_parallel parallel) {
     try {
-        return new qx_context(threads);
+        return new qx_context(threads, parallel);
     } catch (const std::exception&) {
         return nullptr;
     }

@@ -30,7 +30,7 @@ static const int QX_ROWS = 64;  // query heads of a tile times its tokens, at mo
 struct qx_kernels {
     const char* name;
     void (*quantize)(const float* x, int k, int group, int8_t* q, float* scale, float* sum);
-    // Blocks of 16 outputs [first, last) for all tokens.
+    // Blocks of 32 outputs [first, last) for all tokens.
     void (*matmul)(const qx_linear*, const qx_acts*, int first, int last, const qx_out*);
     void (*matmul_exact)(const qx_linear*, const float* x, long ldx, int m, int first, int last,
                          const qx_out*);

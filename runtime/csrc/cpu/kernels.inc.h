@@ -9,8 +9,11 @@ namespace {
 
 // ---------------------------------------------------------------- codes in place
 
-// A chunk holds the codes of 16 rows: vectors of 64 bytes, four neighbouring inputs of a row in
-// each lane. Field f of a chunk is the codes of inputs 4f .. 4f+3 (layout.cpp).
+static const int ROWS = 32;          // outputs of a block
+static const int HALVES = ROWS / 16;  // one after the other in each chunk
+
+// Half a chunk holds the codes of 16 rows: vectors of 64 bytes, four neighbouring inputs of a row
+// in each lane. Field f is the codes of inputs 4f .. 4f+3 (layout.cpp).
 template <int B>
 struct Chunk {
     static constexpr int vectors = B == 3 ? 3 : 1;
@@ -63,31 +66,37 @@ SI int32_t load4(const int8_t* p) {
     return x;
 }
 
-// Sums of code times activation over one chunk. Accumulators stand for the places of fields.
-template <int B>
+// Sums of code times activation over one group. Where codes are multiplied in place there is one
+// accumulator for each place of a field, else one for codes that are shifted down first.
+template <int B, bool InPlace>
 struct Sums {
-    static constexpr int count = kInPlace ? Chunk<B>::places : B == 8 ? 2 : 1;
-    static constexpr int top = kInPlace ? Chunk<B>::top : 0;
+    static constexpr int count = InPlace ? Chunk<B>::places : B == 8 && !kInPlace ? 2 : 1;
+    static constexpr int top = InPlace ? Chunk<B>::top : 0;
     vi acc[count];
 
     SI void clear(Sums& s) {
         for (int i = 0; i < count; ++i) s.acc[i] = i_zero();
     }
     template <int F>
-    SI void add(Sums& s, const vi* v, int32_t x) {
-        if constexpr (kInPlace) {
+    SI vi code(const vi* v) {
+        if constexpr (InPlace) return field_in_place<B, F>(v);
+        else return field<B, F>(v);
+    }
+    template <int F>
+    SI void add(Sums& s, vi code, int32_t x) {
+        if constexpr (InPlace) {
             vi& acc = s.acc[Chunk<B>::place(F)];
-            acc = i_dot4(acc, field_in_place<B, F>(v), x);
-        } else if constexpr (B == 8) {  // nibbles, so that pairs fit 16 bits
-            s.acc[0] = i_dot4(s.acc[0], i_and_bytes(v[0], 15), x);
-            s.acc[1] = i_dot4(s.acc[1], i_and_bytes(i_shr<4>(v[0]), 15), x);
+            acc = i_dot4(acc, code, x);
+        } else if constexpr (count == 2) {  // nibbles, so that pairs fit 16 bits
+            s.acc[0] = i_dot4(s.acc[0], i_and_bytes(code, 15), x);
+            s.acc[1] = i_dot4(s.acc[1], i_and_bytes(i_shr<4>(code), 15), x);
         } else {
-            s.acc[0] = i_dot4(s.acc[0], field<B, F>(v), x);
+            s.acc[0] = i_dot4(s.acc[0], code, x);
         }
     }
     // 2**top times the sum.
     SI vi total(const Sums& s) {
-        if constexpr (!kInPlace && B == 8) return i_add(s.acc[0], i_shl<4>(s.acc[1]));
+        if constexpr (!InPlace && count == 2) return i_add(s.acc[0], i_shl<4>(s.acc[1]));
         else return joined<1>(s, s.acc[0]);
     }
     template <int I>
@@ -114,9 +123,8 @@ SI vf load_zero(const qx_linear& L, long at) {
     return L.zeros ? f_load_u8(L.zeros + at) : f_set(L.zero);
 }
 
-// y of the 16 outputs of a block goes to its place for token m.
-SI void put(const qx_linear& L, const qx_out& o, int block, int m, vf y) {
-    const int n = block * 16;
+// y of 16 outputs from n on goes to its place for token m.
+SI void put(const qx_linear& L, const qx_out& o, int n, int m, vf y) {
     float* out = o.out + m * o.ld + n;
     if (n + 16 <= L.n) {
         if (L.bias) y = f_add(y, f_load(L.bias + n));
@@ -141,99 +149,90 @@ SI vf take_group(vf y, vi total, int top, vf scale, vf zero, float x_scale, floa
 
 // ---------------------------------------------------------------- int8 activations, few tokens
 
-static const long FAR = 3072;  // bytes to read ahead
+static const long FAR = 4096;  // bytes to read ahead
 
-// R blocks of outputs for T tokens; codes are read once, and multiplied where they stand.
-template <int B, int R, int T>
-SI void stream_blocks(const qx_linear& L, const qx_acts& A, int block, int m, const qx_out& o) {
+// A block of outputs for T tokens. Codes are read once, and as one stream: memory gives a processor
+// more of one than of two.
+template <int B, int T>
+SI void stream_block(const qx_linear& L, const qx_acts& A, int block, int m, const qx_out& o) {
     using C = Chunk<B>;
+    using S = Sums<B, kInPlace && HALVES * T * C::places <= 16>;  // of 32 registers
     const int padded = round_up(L.k, 32), groups = round_up(padded, L.group) / L.group;
     const int per_group = L.group / L.act_group;
-    const long stride = (long)padded * 2 * B;
-    // Rows are short, and a processor's own prefetching begins anew with each: ask for the blocks
-    // that come after these, or for what comes soon where rows are long.
     const int scale_size = L.dtype == QX_F16 ? 2 : 4;
-    const long ahead = R * stride < FAR ? R * stride : FAR;
-    const uint8_t* w[R];
-    vf y[R][T];
-    for (int r = 0; r < R; ++r) {
-        w[r] = (const uint8_t*)L.weight + (block + r) * stride;
+    const uint8_t* w = (const uint8_t*)L.weight + (long)block * padded * ROWS / 8 * B;
+    const uint8_t* scales = (const uint8_t*)L.scales + (long)block * groups * ROWS * scale_size;
+    const uint8_t* zeros = L.zeros ? L.zeros + (long)block * groups * ROWS : nullptr;
+    vf y[HALVES][T];
+    for (int r = 0; r < HALVES; ++r)
         for (int t = 0; t < T; ++t) y[r][t] = f_zero();
-    }
-    const uint8_t* scales = (const uint8_t*)L.scales + (long)block * groups * 16 * scale_size;
-    const uint8_t* zeros = L.zeros ? L.zeros + (long)block * groups * 16 : nullptr;
     for (int a = 0, shared = 0; a < A.groups; ++a) {
-        Sums<B> sums[R][T];
-        for (int r = 0; r < R; ++r)
-            for (int t = 0; t < T; ++t) Sums<B>::clear(sums[r][t]);
+        S sums[HALVES][T];
+        for (int r = 0; r < HALVES; ++r)
+            for (int t = 0; t < T; ++t) S::clear(sums[r][t]);
         const int begin = a * L.act_group;
         const int end = begin + L.act_group < padded ? begin + L.act_group : padded;
         for (int k = begin; k < end; k += C::inputs) {
-            vi v[R][C::vectors];
-            for (int r = 0; r < R; ++r) {
-                for (int i = 0; i < C::vectors; ++i) {
-                    v[r][i] = i_load(w[r] + 64 * i);
-                    __builtin_prefetch(w[r] + 64 * i + ahead);
+            vi v[HALVES][C::vectors];
+            for (int r = 0; r < HALVES; ++r)
+                for (int i = 0; i < C::vectors; ++i, w += 64) {
+                    v[r][i] = i_load(w);
+                    __builtin_prefetch(w + FAR);
                 }
-                w[r] += 64 * C::vectors;
-            }
             unroll<C::fields>([&]<int F>() INLINE {
+                vi code[HALVES];
+                for (int r = 0; r < HALVES; ++r) code[r] = S::template code<F>(v[r]);
                 for (int t = 0; t < T; ++t) {
                     const int32_t x = load4(A.q + (m + t) * A.ld + k + 4 * F);
-                    for (int r = 0; r < R; ++r) Sums<B>::template add<F>(sums[r][t], v[r], x);
+                    for (int r = 0; r < HALVES; ++r) S::template add<F>(sums[r][t], code[r], x);
                 }
             });
         }
-        for (int r = 0; r < R; ++r) {
-            const long at = (long)r * groups * 16;
-            const vf scale = load_scale(scales + at * scale_size, scale_size);
-            const vf zero = zeros ? f_load_u8(zeros + at) : f_set(L.zero);
-            __builtin_prefetch(scales + (at + R * 16 * groups) * scale_size);
+        __builtin_prefetch(scales + FAR / 8);
+        for (int r = 0; r < HALVES; ++r) {
+            const vf scale = load_scale(scales + r * 16 * scale_size, scale_size);
+            const vf zero = zeros ? f_load_u8(zeros + r * 16) : f_set(L.zero);
             for (int t = 0; t < T; ++t) {
                 const long g = (long)(m + t) * A.groups + a;
-                y[r][t] = take_group(y[r][t], Sums<B>::total(sums[r][t]), Sums<B>::top, scale, zero,
+                y[r][t] = take_group(y[r][t], S::total(sums[r][t]), S::top, scale, zero,
                                      A.scale[g], A.sum[g]);
             }
         }
         if (++shared == per_group) {  // the next weight group's
             shared = 0;
-            scales += 16 * scale_size;
-            zeros += zeros ? 16 : 0;
+            scales += ROWS * scale_size;
+            zeros += zeros ? ROWS : 0;
         }
     }
-    for (int r = 0; r < R; ++r)
-        for (int t = 0; t < T; ++t) put(L, o, block + r, m + t, y[r][t]);
+    for (int r = 0; r < HALVES; ++r)
+        for (int t = 0; t < T; ++t) put(L, o, block * ROWS + r * 16, m + t, y[r][t]);
 }
 
 template <int B, int T>
 void stream(const qx_linear& L, const qx_acts& A, int first, int last, int m, const qx_out& o) {
-    constexpr int R = Chunk<B>::places * T <= 4 ? 2 : 1;
-    int block = first;
-    for (; block + R <= last; block += R) stream_blocks<B, R, T>(L, A, block, m, o);
-    for (; block < last; ++block) stream_blocks<B, 1, T>(L, A, block, m, o);
+    for (int block = first; block < last; ++block) stream_block<B, T>(L, A, block, m, o);
 }
 
 // ---------------------------------------------------------------- int8 activations, many tokens
 
-static const int WIDE = 2;             // blocks that share a broadcast
 static const int TOKENS = 128;         // for which a group is unpacked once
 static const int LARGEST_GROUP = 128;  // of activations
 
-// Codes of one activation group, one a byte: [R][inputs / 4][64].
+// Codes of one activation group, one a byte: [inputs / 4][HALVES][64].
 template <int B>
-SI void unpack_group(const uint8_t* w, int inputs, long ahead, uint8_t* out) {
+SI void unpack_group(const uint8_t* w, int inputs, uint8_t* out) {
     using C = Chunk<B>;
-    for (int k = 0; k < inputs; k += C::inputs) {
-        vi v[C::vectors];
-        for (int i = 0; i < C::vectors; ++i) {
-            v[i] = i_load(w + 64 * i);
-            __builtin_prefetch(w + 64 * i + ahead);
+    for (int k = 0; k < inputs; k += C::inputs, out += C::inputs / 4 * HALVES * 64) {
+        for (int r = 0; r < HALVES; ++r) {
+            vi v[C::vectors];
+            for (int i = 0; i < C::vectors; ++i, w += 64) {
+                v[i] = i_load(w);
+                __builtin_prefetch(w + FAR);
+            }
+            unroll<C::fields>([&]<int F>() INLINE {
+                i_store(out + (F * HALVES + r) * 64, field<B, F>(v));
+            });
         }
-        w += 64 * C::vectors;
-        unroll<C::fields>([&]<int F>() INLINE {
-            i_store(out + 64 * F, field<B, F>(v));
-        });
-        out += 16 * C::inputs;
     }
 }
 
@@ -244,62 +243,62 @@ SI vi dot_code(vi acc, vi w, int32_t x, bool wide) {
     return i_add(acc, i_shl<4>(high));
 }
 
-template <int B, int R, int T>
+template <int B, int T>
 SI void tile_group(const uint8_t* codes, int inputs, const qx_acts& A, int a, int begin, int m,
                    const vf* scale, const vf* zero, float* y) {
-    vi acc[R][T];
-    for (int r = 0; r < R; ++r)
+    vi acc[HALVES][T];
+    for (int r = 0; r < HALVES; ++r)
         for (int t = 0; t < T; ++t) acc[r][t] = i_zero();
     const int8_t* x[T];
     for (int t = 0; t < T; ++t) x[t] = A.q + (m + t) * A.ld + begin;
-    for (int k = 0; k < inputs; k += 4) {
-        vi w[R];
-        for (int r = 0; r < R; ++r) w[r] = i_load(codes + r * LARGEST_GROUP * 16 + k * 16);
+    for (int k = 0; k < inputs; k += 4, codes += HALVES * 64) {
+        vi w[HALVES];
+        for (int r = 0; r < HALVES; ++r) w[r] = i_load(codes + r * 64);
         for (int t = 0; t < T; ++t) {
             const int32_t four = load4(x[t] + k);
-            for (int r = 0; r < R; ++r) acc[r][t] = dot_code(acc[r][t], w[r], four, B == 8);
+            for (int r = 0; r < HALVES; ++r) acc[r][t] = dot_code(acc[r][t], w[r], four, B == 8);
         }
     }
     for (int t = 0; t < T; ++t) {
         const long g = (long)(m + t) * A.groups + a;
-        for (int r = 0; r < R; ++r) {
-            float* at = y + (t * WIDE + r) * 16;
+        for (int r = 0; r < HALVES; ++r) {
+            float* at = y + t * ROWS + r * 16;
             f_store(at, take_group(f_load(at), acc[r][t], 0, scale[r], zero[r], A.scale[g],
                                    A.sum[g]));
         }
     }
 }
 
-// R blocks of outputs for up to TOKENS tokens: codes are unpacked once for all of them.
-template <int B, int R>
-void tile_blocks(const qx_linear& L, const qx_acts& A, int block, int m0, int m1, const qx_out& o) {
-    alignas(64) uint8_t codes[WIDE * LARGEST_GROUP * 16];
-    alignas(64) float y[TOKENS * WIDE * 16];
+// A block of outputs for up to TOKENS tokens: codes are unpacked once for all of them.
+template <int B>
+void tile_block(const qx_linear& L, const qx_acts& A, int block, int m0, int m1, const qx_out& o) {
+    alignas(64) uint8_t codes[LARGEST_GROUP * ROWS];
+    alignas(64) float y[TOKENS * ROWS];
     const int padded = round_up(L.k, 32), groups = round_up(padded, L.group) / L.group;
     const int per_group = L.group / L.act_group, count = m1 - m0;
-    const long stride = (long)padded * 2 * B, ahead = R * stride < FAR ? R * stride : FAR;
-    memset(y, 0, sizeof(float) * count * WIDE * 16);
+    const uint8_t* w = (const uint8_t*)L.weight + (long)block * padded * ROWS / 8 * B;
+    memset(y, 0, sizeof(float) * count * ROWS);
     for (int a = 0; a < A.groups; ++a) {
         const int begin = a * L.act_group;
         const int inputs = (begin + L.act_group < padded ? L.act_group : padded - begin);
-        vf scale[R], zero[R];
-        for (int r = 0; r < R; ++r) {
-            const uint8_t* w = (const uint8_t*)L.weight + (block + r) * stride + (long)begin * 2 * B;
-            unpack_group<B>(w, inputs, ahead, codes + r * LARGEST_GROUP * 16);
-            const long at = ((long)(block + r) * groups + a / per_group) * 16;
-            scale[r] = load_scale(L, at);
-            zero[r] = load_zero(L, at);
+        unpack_group<B>(w + (long)begin * ROWS / 8 * B, inputs, codes);
+        const long at = ((long)block * groups + a / per_group) * ROWS;
+        vf scale[HALVES], zero[HALVES];
+        for (int r = 0; r < HALVES; ++r) {
+            scale[r] = load_scale(L, at + r * 16);
+            zero[r] = load_zero(L, at + r * 16);
         }
         int t = 0;
         for (; t + 8 <= count; t += 8)
-            tile_group<B, R, 8>(codes, inputs, A, a, begin, m0 + t, scale, zero, y + t * WIDE * 16);
+            tile_group<B, 8>(codes, inputs, A, a, begin, m0 + t, scale, zero, y + t * ROWS);
         for (; t + 4 <= count; t += 4)
-            tile_group<B, R, 4>(codes, inputs, A, a, begin, m0 + t, scale, zero, y + t * WIDE * 16);
+            tile_group<B, 4>(codes, inputs, A, a, begin, m0 + t, scale, zero, y + t * ROWS);
         for (; t < count; ++t)
-            tile_group<B, R, 1>(codes, inputs, A, a, begin, m0 + t, scale, zero, y + t * WIDE * 16);
+            tile_group<B, 1>(codes, inputs, A, a, begin, m0 + t, scale, zero, y + t * ROWS);
     }
     for (int t = 0; t < count; ++t)
-        for (int r = 0; r < R; ++r) put(L, o, block + r, m0 + t, f_load(y + (t * WIDE + r) * 16));
+        for (int r = 0; r < HALVES; ++r)
+            put(L, o, block * ROWS + r * 16, m0 + t, f_load(y + t * ROWS + r * 16));
 }
 
 template <int B>
@@ -312,9 +311,7 @@ void matmul_bits(const qx_linear& L, const qx_acts& A, int first, int last, cons
     }
     for (int m = 0; m < A.m; m += TOKENS) {
         const int end = m + TOKENS < A.m ? m + TOKENS : A.m;
-        int block = first;
-        for (; block + WIDE <= last; block += WIDE) tile_blocks<B, WIDE>(L, A, block, m, end, o);
-        for (; block < last; ++block) tile_blocks<B, 1>(L, A, block, m, end, o);
+        for (int block = first; block < last; ++block) tile_block<B>(L, A, block, m, end, o);
     }
 }
 
@@ -366,17 +363,19 @@ void exact_blocks(const qx_linear& L, const float* x, long ldx, int m, int first
                   const qx_out& o) {
     using C = Chunk<B>;
     const int padded = round_up(L.k, 32), groups = round_up(padded, L.group) / L.group;
-    for (int block = first; block < last; ++block) {
-        const uint8_t* w = (const uint8_t*)L.weight + (long)block * padded * 2 * B;
+    for (int half = first * HALVES; half < last * HALVES; ++half) {
+        const long block = half / HALVES, row = half % HALVES * 16;
+        const uint8_t* w = (const uint8_t*)L.weight + block * padded * ROWS / 8 * B +
+                           row / 16 * C::vectors * 64;
         vf y[T];
         for (int t = 0; t < T; ++t) y[t] = f_zero();
         for (int g = 0; g < groups; ++g) {
-            const long at = ((long)block * groups + g) * 16;
+            const long at = (block * groups + g) * ROWS + row;
             const vf scale = load_scale(L, at), zero = load_zero(L, at);
             vf acc[T];
             for (int t = 0; t < T; ++t) acc[t] = f_zero();
             const int end = (g + 1) * L.group < padded ? (g + 1) * L.group : padded;
-            for (int k = g * L.group; k < end; k += C::inputs, w += 64 * C::vectors) {
+            for (int k = g * L.group; k < end; k += C::inputs, w += HALVES * C::vectors * 64) {
                 vi v[C::vectors];
                 for (int i = 0; i < C::vectors; ++i) v[i] = i_load(w + 64 * i);
                 unroll<C::fields>([&]<int F>() INLINE {
@@ -390,7 +389,7 @@ void exact_blocks(const qx_linear& L, const float* x, long ldx, int m, int first
             }
             for (int t = 0; t < T; ++t) y[t] = f_fma(acc[t], scale, y[t]);
         }
-        for (int t = 0; t < T; ++t) put(L, o, block, m + t, y[t]);
+        for (int t = 0; t < T; ++t) put(L, o, (int)(block * ROWS + row), m + t, y[t]);
     }
 }
 
@@ -439,11 +438,13 @@ SI void dense_rows(const qx_linear& L, const float* x, int row, int m, const qx_
     vf acc[R][T];
     for (int r = 0; r < R; ++r)
         for (int t = 0; t < T; ++t) acc[r][t] = f_zero();
+    const long ahead = R * stride < 4 * FAR ? R * stride : FAR;
     int k = 0;
     for (; k + 16 <= L.k; k += 16) {
         vf v[T];
         for (int t = 0; t < T; ++t) v[t] = f_load(x + (long)(m + t) * L.k + k);
         for (int r = 0; r < R; ++r) {
+            if (T == 1) __builtin_prefetch(w + r * stride + (long)k * size + ahead);
             const vf values = load_row<D>(w + r * stride, k);
             for (int t = 0; t < T; ++t) acc[r][t] = f_fma(values, v[t], acc[r][t]);
         }
@@ -467,8 +468,7 @@ void dense_dtype(const qx_linear& L, const float* x, int m, int first, int last,
         int t = 0;
         for (; four && t + 4 <= m; t += 4) dense_rows<D, 4, 4>(L, x, row, t, o);
         for (; t < m; ++t) {
-            if (four) dense_rows<D, 4, 1>(L, x, row, t, o);
-            else dense_rows<D, 1, 1>(L, x, row, t, o);
+            for (int r = 0; r < (four ? 4 : 1); ++r) dense_rows<D, 1, 1>(L, x, row + r, t, o);
         }
         row += four ? 4 : 1;
     }

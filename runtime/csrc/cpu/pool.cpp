@@ -9,9 +9,10 @@ static void pause_core() { asm volatile("yield"); }
 static void pause_core() {}
 #endif
 
-static const int kSpins = 2000;  // some 30 to 60 microseconds
+static const int kSpins = 20000;  // a third of a millisecond to one: what a token takes outside
 
-Pool::Pool(int threads) {
+Pool::Pool(int threads, qx_parallel parallel) : threads_(threads), parallel_(parallel) {
+    if (parallel_) return;
     try {
         for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
     } catch (...) {  // the system has no more threads to give
@@ -32,7 +33,7 @@ void Pool::end() {
 }
 
 void Pool::run(int count, Call call, const void* task) {
-    if (workers_.empty() || count <= 1) {
+    if (threads_ == 1 || count <= 1) {
         for (int i = 0; i < count; ++i) call(task, i);
         return;
     }
@@ -40,6 +41,10 @@ void Pool::run(int count, Call call, const void* task) {
     task_ = task;
     count_ = count;
     next_ = 0;
+    if (parallel_) {
+        parallel_([](void* pool) { ((Pool*)pool)->take(); }, this, (unsigned)threads_, 0);
+        return;
+    }
     open_ = true;
     ++loop_;
     if (sleepers_ > 0) {

@@ -1,9 +1,13 @@
 // Threads that share the tasks of one loop after another.
 //
-// A worker that finds no loop spins for some microseconds, so that the loops of one token follow
-// each other without a system call, and then sleeps, so that other threads of the process (torch's
-// among them) have the cores. The caller takes tasks too and never waits for a worker that has
-// not begun: with every other core busy a loop takes as long as on one thread, and no longer.
+// A worker that finds no loop spins for a while, so that the loops of one token and the tokens of one
+// answer follow each other without a system call, and then sleeps. The caller takes tasks too and
+// never waits for a worker that has not begun: with every other core busy a loop takes as long as on
+// one thread, and no longer.
+//
+// Layers that stand between torch's operations run on torch's own threads instead (`parallel` is
+// GOMP_parallel of its OpenMP): those spin too, and two kinds of spinning threads would slow each
+// other.
 #pragma once
 #include <atomic>
 #include <condition_variable>
@@ -12,14 +16,16 @@
 #include <thread>
 #include <vector>
 
+#include "qexport_cpu.h"
+
 class Pool {
   public:
-    explicit Pool(int threads);
+    Pool(int threads, qx_parallel parallel);
     ~Pool();
     Pool(const Pool&) = delete;
     Pool& operator=(const Pool&) = delete;
 
-    int threads() const { return (int)workers_.size() + 1; }
+    int threads() const { return threads_; }
 
     // Calls task(i) for every i below `count`, in no order, on all threads. One loop at a time.
     template <class Task>
@@ -34,6 +40,8 @@ class Pool {
     void take();
     void end();
 
+    const int threads_;
+    const qx_parallel parallel_;
     std::vector<std::thread> workers_;
     Call call_ = nullptr;
     const void* task_ = nullptr;

@@ -1,6 +1,6 @@
 // The C interface of qexport's CPU kernels. Nothing here knows Python or PyTorch.
 //
-// Weights of a quantized linear layer [n, k] are stored in blocks of 16 rows ("packed"): see
+// Weights of a quantized linear layer [n, k] are stored in blocks of 32 rows ("packed"): see
 // layout.cpp. All activations are float32, rows one after the other; codes, scales and zero points
 // are never changed, so that a layer computes with the values that were trained.
 #pragma once
@@ -23,8 +23,8 @@ typedef struct {
     int32_t act_group;    // inputs whose activations share a scale; it divides `group`
     float zero;           // zero point, where `zeros` is null
     const void* weight;   // packed codes, or dense rows
-    const void* scales;   // [ceil(n/16), groups, 16]
-    const uint8_t* zeros; // [ceil(n/16), groups, 16], or null
+    const void* scales;   // [ceil(n/32), groups, 32]
+    const uint8_t* zeros; // [ceil(n/32), groups, 32], or null
     const float* bias;    // [n], or null
 } qx_linear;
 
@@ -60,8 +60,12 @@ typedef struct {
 
 typedef struct qx_context qx_context;
 
-// Threads include the caller's. Null where the system has no more threads or memory.
-qx_context* qx_context_new(int threads);
+// Runs a function on so many threads and waits for all: OpenMP's GOMP_parallel.
+typedef void (*qx_parallel)(void (*)(void*), void*, unsigned threads, unsigned flags);
+
+// Threads include the caller's; they are the context's own where `parallel` is null. Null where the
+// system has no more threads or memory.
+qx_context* qx_context_new(int threads, qx_parallel parallel);
 void qx_context_free(qx_context*);
 
 // "avx512-vnni", "avx2" or "generic": the best that this machine has, or the one that was forced.
