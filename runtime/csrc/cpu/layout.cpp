@@ -19,28 +19,34 @@ size_t qx_packed_bytes(int bits, int n, int k) {
     return (size_t)round_up(n, 32) * round_up(k, 32) * bits / 8;
 }
 
-// Adds the code of field f to the bytes [vector * 64] at its place.
-static void put(uint8_t* byte, int bits, int f, unsigned code) {
-    if (bits != 3) {
-        byte[0] |= (uint8_t)(code << (f * bits % 8));
-    } else if (f < 6) {
-        byte[f / 2 * 64] |= (uint8_t)(code << (f % 2 * 3));
+// Codes of one row and chunk, four a word, as a lane of each vector. No field reaches out of its byte.
+static void pack_lane(const uint32_t* fields, int bits, uint8_t* lane) {
+    uint32_t words[3] = {0, 0, 0};
+    if (bits == 3) {
+        for (int f = 0; f < 6; ++f) words[f / 2] |= fields[f] << (f % 2 * 3);
+        for (int f = 6; f < 8; ++f) {
+            words[f - 6] |= (fields[f] >> 1 & 0x03030303u) << 6;
+            words[2] |= (fields[f] & 0x01010101u) << f;
+        }
     } else {
-        byte[(f - 6) * 64] |= (uint8_t)(code >> 1 << 6);
-        byte[2 * 64] |= (uint8_t)((code & 1) << f);
+        for (int f = 0; f < 8 / bits; ++f) words[0] |= fields[f] << (f * bits);
     }
+    for (int i = 0; i < (bits == 3 ? 3 : 1); ++i) memcpy(lane + i * 64, words + i, 4);
 }
 
 void qx_pack(const uint8_t* codes, int bits, int n, int k, uint8_t* out) {
     const int padded = round_up(k, 32), vectors = bits == 3 ? 3 : 1;
     const int fields = bits == 3 ? 8 : 8 / bits, inputs = 4 * fields;
-    memset(out, 0, qx_packed_bytes(bits, n, k));
+    if (n % 32) memset(out, 0, qx_packed_bytes(bits, n, k));
     for (int row = 0; row < n; ++row) {
-        uint8_t* block = out + (size_t)(row / 32) * 4 * bits * padded;
+        uint8_t* lane = out + (size_t)(row / 32) * 4 * bits * padded +
+                        (size_t)(row % 32 / 16) * vectors * 64 + row % 16 * 4;
         const uint8_t* from = codes + (size_t)row * k;
-        for (int i = 0; i < k; ++i) {
-            uint8_t* chunk = block + (size_t)(i / inputs * 2 + row % 32 / 16) * vectors * 64;
-            put(chunk + row % 16 * 4 + i % 4, bits, i % inputs / 4, from[i]);
+        for (int i = 0; i < padded; i += inputs, lane += 2 * vectors * 64) {
+            uint32_t four[8] = {0};
+            const int here = k - i < inputs ? (k > i ? k - i : 0) : inputs;
+            memcpy(four, from + i, here);
+            pack_lane(four, bits, lane);
         }
     }
 }
