@@ -76,7 +76,7 @@ def open_decoder(checkpoint: Checkpoint, serving: Serving) -> Decoder:
             dtype=dtype,
             kernel=serving.kernel,
         )
-    in_cpp = device.type == "cpu" and serving.kernel != "reference"
+    in_cpp = device.type == "cpu" and serving.kernel in (None, "cpu", "cpu-exact")
     context = _context(config, serving, CACHES[serving.cache] if in_cpp else dtype, device)
     if in_cpp and (serving.kernel is not None or CpuDecoder.refuses(config) is None):
         return CpuDecoder(

@@ -11,7 +11,8 @@ __all__ = ["serving_options"]
 _NAMES = ("kernel", "head_bits", "cache", "context", "threads", "dtype")
 _OPTIONS = (
     click.option(
-        "--kernel", help="cpu, cpu-exact (float32 activations) or reference; see qexport doctor."
+        "--kernel",
+        help="cpu, cpu-exact (float32 activations), triton or reference; see qexport doctor.",
     ),
     click.option(
         "--head-bits",

@@ -113,6 +113,9 @@ def test_kernels_and_caches_may_be_named(cli: Cli, runs: Runs) -> None:
     wrong = cli(*arguments, "--kernel", "fast")
     assert wrong.returncode == 2
     assert "there is no kernel 'fast'; there are cpu, cpu-exact, reference" in wrong.stderr
+    elsewhere = cli(*arguments, "--kernel", "triton")
+    assert elsewhere.returncode == 4
+    assert "it runs on GPUs, not on cpu" in elsewhere.stderr
     short = cli(*arguments[:-1], 40, "--context", 32)
     assert short.returncode == 2
     assert "does not fit the context of 32" in short.stderr

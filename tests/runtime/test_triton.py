@@ -1,0 +1,45 @@
+"""The Triton kernel: under Triton's interpreter, and compiled for GPUs that are not here."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+HERE = Path(__file__).parent
+
+
+def run(*arguments: str, interpret: str, cache: Path) -> str:
+    """Standard output of Python in this folder's project."""
+    environment = {**os.environ, "TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(cache)}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=500,
+        cwd=HERE.parent.parent,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    return done.stdout
+
+
+def test_it_equals_the_reference(tmp_path: Path) -> None:
+    """triton_interpreter.py: every scheme, shapes, dtypes."""
+    file = str(HERE / "triton_interpreter.py")
+    shown = run("-m", "pytest", "-q", file, interpret="1", cache=tmp_path)
+    assert " passed" in shown and "skipped" not in shown
+
+
+@pytest.mark.slow
+def test_it_compiles_for_gpus(tmp_path: Path) -> None:
+    """By the assembler that Triton brings: five architectures, up to four forms of the kernel."""
+    shown = run(str(HERE / "triton_compile.py"), interpret="0", cache=tmp_path)
+    assert shown.count("cubin") == 11
