@@ -1,8 +1,8 @@
 """The order of codes for CUDA kernels: fragments of mma.m16n8k16, as decode.cuh takes them.
 
 A fragment is 16 outputs x 16 inputs. Lane l of a warp has four registers of it, of two numbers
-each: register r holds output l // 4 + 8 * (r % 2) and inputs 2 * (l % 4) + 8 * (r // 2) and the next (PTX
-ISA, "Matrix fragments for mma.m16n8k16").
+each: register r holds output l // 4 + 8 * (r % 2) and inputs 2 * (l % 4) + 8 * (r // 2) and the
+next (PTX ISA, "Matrix fragments for mma.m16n8k16").
 """
 
 import torch
