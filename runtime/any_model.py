@@ -1,5 +1,6 @@
 """Any architecture that transformers models, its quantized layers multiplied by our kernels."""
 
+import json
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -44,6 +45,18 @@ class AnyDecoder(Decoder):
         self._new_cache = partial(DynamicCache, config=config)
         self._caches: list[Any] = [self._new_cache() for _ in range(slots)]
         self._device = device
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+        # angles of a token depend on the length of the whole prompt
+        self._moving = any(
+            name in json.dumps(rope, default=str) for name in ("longrope", "dynamic")
+        )
+
+    def reusable(self, slot: int, held: int, shared: int, length: int) -> int:
+        """Only a cache that keeps everything gives tokens back, and only if positions stay."""
+        from transformers.cache_utils import DynamicLayer
+
+        whole = all(type(layer) is DynamicLayer for layer in self._caches[slot].layers)
+        return shared if whole and not self._moving else 0
 
     @torch.inference_mode()
     def forward(self, spans: Sequence[Span]) -> Tensor:
@@ -55,8 +68,8 @@ class AnyDecoder(Decoder):
         cache = self._caches[span.slot]
         if span.start == 0:
             cache = self._caches[span.slot] = self._new_cache()
-        elif cache.get_seq_length() > span.start:
-            cache.crop(span.start)
+        elif (surplus := cache.get_seq_length() - span.start) > 0:
+            cache.crop(-surplus)
         ids = torch.tensor([span.tokens], device=self._device)
         output = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits: Tensor = output.logits[0, -1].float().cpu()

@@ -65,7 +65,7 @@ class CpuDecoder(Decoder):
         if reason is not None:
             raise UnsupportedError(f"the CPU decoder does not take this model: {reason}.")
         self.slots, self.vocabulary = slots, config.vocabulary
-        self.context = -(-context // _LANES) * _LANES
+        self.context, self._places = context, -(-context // _LANES) * _LANES
         self._config, self._exact = config, exact
         self._kernel = CpuKernel(exact)
         self._keep: list[Tensor | CpuLinear] = []
@@ -93,6 +93,9 @@ class CpuDecoder(Decoder):
         if config.heads // config.kv_heads > _MOST_SHARED:
             return f"more than {_MOST_SHARED} heads share keys"
         return None
+
+    def reusable(self, slot: int, held: int, shared: int, length: int) -> int:
+        return self._config.rope.reusable(held, shared, length)
 
     def _read_layers(self, checkpoint: Checkpoint, cache: torch.dtype) -> ctypes.Array[CpuLayer]:
         config = self._config
@@ -137,7 +140,7 @@ class CpuDecoder(Decoder):
     def _add_cache(self, layer: CpuLayer, dtype: torch.dtype) -> None:
         """Memory that the system hands out, as zeros, only where it is touched."""
         config, wide = self._config, -(-self._config.head_dim // _LANES) * _LANES
-        lines = self.slots * config.kv_heads * self.context
+        lines = self.slots * config.kv_heads * self._places
         layer.keys = self._zeros(lines * config.head_dim * dtype.itemsize)
         layer.values = self._zeros(lines * wide * dtype.itemsize)
         if dtype == torch.int8:
@@ -159,7 +162,7 @@ class CpuDecoder(Decoder):
             kv_heads=config.kv_heads,
             head_dim=config.head_dim,
             rotary_dim=2 * len(config.rope.short),
-            context=self.context,
+            context=self._places,
             cache_dtype=DTYPES[cache],
             exact=self._exact,
             n_layers=config.layers,
@@ -173,7 +176,7 @@ class CpuDecoder(Decoder):
     def forward(self, spans: Sequence[Span]) -> Tensor:
         config = self._config
         tokens = np.array([token for span in spans for token in span.tokens], np.int32)
-        x = torch.empty(len(tokens), config.hidden)
+        x = torch.empty(len(tokens), config.hidden, dtype=torch.float32, device="cpu")
         # torch's own threads are not woken anywhere in a step: they would spin beside ours
         self._library.qx_embed(
             *(pointer(self._embedding), DTYPES[self._embedding.dtype], tokens.ctypes.data),
@@ -207,7 +210,7 @@ class CpuDecoder(Decoder):
 
     def _logits(self, x: Tensor) -> Tensor:
         config, count = self._config, len(x)
-        out = torch.empty(count, self.vocabulary)
+        out = torch.empty(count, self.vocabulary, dtype=torch.float32, device="cpu")
         if not count:
             return out
         normed = torch.empty_like(x)

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from qexport.errors import QexportError
@@ -23,10 +23,8 @@ class Ticket(Iterator[Piece]):
     def __init__(self, engine: "Engine", prompt: list[int], sampling: Sampling) -> None:
         self._engine = engine
         self._pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
-        text = TextStream(engine.backend, prompt, sampling.stop)
-        sampler = Sampler(sampling, prompt)
-        self.sequence = Sequence(prompt, sampling, sampler, text, self._pieces.put)
         self._ended = False
+        self.sequence = engine.start(prompt, sampling, self._pieces.put)
 
     def __next__(self) -> Piece:
         if self._ended:
@@ -66,14 +64,21 @@ class Engine:
 
     def submit(self, prompt: list[int], sampling: Sampling) -> Ticket:
         """Begin a request. Raises InputError for one that can never run, QueueFullError."""
+        return Ticket(self, prompt, sampling)
+
+    def start(
+        self, prompt: list[int], sampling: Sampling, emit: Callable[[Piece], None]
+    ) -> Sequence:
+        """The same, with each piece given to `emit` in the engine's thread; it must not wait."""
         self._scheduler.check(prompt, sampling)
-        ticket = Ticket(self, prompt, sampling)
+        text = TextStream(self.backend, prompt, sampling.stop)
+        sequence = Sequence(prompt, sampling, Sampler(sampling, prompt), text, emit)
         with self._changed:
             if self._ended is not None:
                 raise QexportError(str(self._ended))
-            self._scheduler.submit(ticket.sequence)
+            self._scheduler.submit(sequence)
             self._changed.notify()
-        return ticket
+        return sequence
 
     def cancel(self, sequence: Sequence) -> None:
         """Give a request's slot back before the next step."""

@@ -28,6 +28,13 @@ class Rope:
     original: int
     factor: float
 
+    def reusable(self, held: int, shared: int, length: int) -> int:
+        """How many of `shared` cached keys a prompt of `length` may keep; see Decoder.reusable.
+
+        None if they were turned by the other table, or may have been.
+        """
+        return 0 if self.original and max(held, length) > self.original else shared
+
 
 @dataclass(frozen=True)
 class DecoderConfig:

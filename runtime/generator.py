@@ -1,5 +1,6 @@
 """Text from a model: prompts to tokens, requests to the engine, pieces of text back."""
 
+import threading
 from typing import Any
 
 from qexport.errors import InputError
@@ -31,6 +32,7 @@ class Generator:
         self._end = end_tokens | (frozenset() if end is None else {end})
         self._waiting = waiting
         self._engine: Engine | None = None
+        self._lock = threading.Lock()
 
     def encode(self, text: str) -> list[int]:
         """Prompt tokens of plain text."""
@@ -38,9 +40,14 @@ class Generator:
         ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
         return ids
 
+    @property
+    def has_template(self) -> bool:
+        """Whether the model says how conversations are written."""
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
     def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
         """Prompt tokens of a conversation. Raises InputError where the template refuses it."""
-        if not getattr(self.tokenizer, "chat_template", None):
+        if not self.has_template:
             raise InputError("this model has no chat template; use plain completions.")
         try:
             text = self.tokenizer.apply_chat_template(
@@ -63,16 +70,18 @@ class Generator:
 
     @property
     def engine(self) -> Engine:
-        if self._engine is None:
-            backend = self.tokenizer.backend_tokenizer
-            self._engine = Engine(self.decoder, backend, self._end, waiting=self._waiting)
-        return self._engine
+        with self._lock:
+            if self._engine is None:
+                backend = self.tokenizer.backend_tokenizer
+                self._engine = Engine(self.decoder, backend, self._end, waiting=self._waiting)
+            return self._engine
 
     def close(self) -> None:
         """End the engine; what still runs fails."""
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+        with self._lock:
+            engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
 
     def __enter__(self) -> "Generator":
         return self
@@ -85,4 +94,4 @@ def _check_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError("the text has half a surrogate pair, which is no character.") from error
+        raise InputError("the text is not valid Unicode (half a character).") from error

@@ -69,6 +69,13 @@ class Decoder(ABC):
     vocabulary: int
     kernels: str  # that multiply, for people
 
+    def reusable(self, slot: int, held: int, shared: int, length: int) -> int:
+        """How many of the first `shared` tokens in a slot's cache serve another prompt.
+
+        The slot holds `held` tokens, and the prompt has `length`.
+        """
+        return shared
+
     @abstractmethod
     def forward(self, spans: Sequence[Span]) -> Tensor:
         """Run spans of different slots; float32 logits [spans that want them, vocabulary]."""
@@ -318,7 +325,10 @@ class TorchDecoder(Decoder):
         ends = torch.tensor([len(span.tokens) for span in spans]).cumsum(0) - 1
         wanted = ends[[i for i, span in enumerate(spans) if span.logits]]
         rows = self._normed(x[wanted.to(self._device)], self._norm)
-        return self._head.matmul(rows).float() * config.logit_scale
+        return (self._head.matmul(rows).float() * config.logit_scale).cpu()
+
+    def reusable(self, slot: int, held: int, shared: int, length: int) -> int:
+        return self._config.rope.reusable(held, shared, length)
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         wide = x.float()

@@ -108,7 +108,8 @@ class Scheduler:
         if not prompt:
             raise InputError("the prompt is empty.")
         if not 0 <= min(prompt) <= max(prompt) < self._decoder.vocabulary:
-            raise InputError(f"token {max(prompt)} is not in the model's vocabulary.")
+            wrong = min(prompt) if min(prompt) < 0 else max(prompt)
+            raise InputError(f"token {wrong} is not in the model's vocabulary.")
         if len(prompt) + sampling.max_tokens > self._decoder.context:
             raise InputError(
                 f"the prompt has {len(prompt)} tokens, and with {sampling.max_tokens} more it does "
@@ -118,7 +119,7 @@ class Scheduler:
     def cancel(self, sequence: Sequence) -> None:
         """Forget a request; one that has ended already is none."""
         if sequence in self._running:
-            self._release(sequence)
+            self._release(sequence, sequence.ran)
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
 
@@ -144,12 +145,14 @@ class Scheduler:
     def _admit(self) -> None:
         while self._waiting and self._free:
             sequence = self._waiting.popleft()
-            slot = max(self._free, key=lambda slot: _shared(self._free[slot], sequence.prompt))
+            prompt = sequence.prompt
+            slot = max(self._free, key=lambda slot: _worth(self._free[slot], prompt))
             held = self._free.pop(slot)
+            shared = _shared(held, prompt)
+            if shared:
+                shared = self._decoder.reusable(slot, len(held), shared, len(prompt))
             # the last token is run in any case: its logits are wanted
-            sequence.ran = sequence.cached = min(
-                _shared(held, sequence.prompt), len(sequence.prompt) - 1
-            )
+            sequence.ran = sequence.cached = min(shared, len(prompt) - 1)
             sequence.slot = slot
             self._running.append(sequence)
 
@@ -161,6 +164,8 @@ class Scheduler:
             tokens, begin = sequence.tokens, sequence.ran
             end = len(tokens)
             if begin < len(sequence.prompt):
+                if not self._decoder.chunked and end - begin > room:
+                    continue  # whole, in a later step
                 end = min(end, begin + room)
                 room -= end - begin
             if end > begin:
@@ -197,7 +202,7 @@ class Scheduler:
             self._fail(sequence, error)
             return
         if piece.last:
-            self._release(sequence)
+            self._release(sequence, sequence.ran)
         sequence.emit(piece)
 
     def _piece(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Piece:
@@ -214,14 +219,26 @@ class Scheduler:
         return Piece(text, count, reason, token, logprob, cached=sequence.cached)
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
-        self.cancel(sequence)
+        if sequence in self._running:
+            self._release(sequence, 0)  # nobody knows what a failed step left in the cache
+        else:
+            self.cancel(sequence)
         sequence.emit(Piece("", len(sequence.generated), error=error))
 
-    def _release(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence, held: int) -> None:
         assert sequence.slot is not None
         self._running.remove(sequence)
-        self._free[sequence.slot] = sequence.tokens[: sequence.ran]
+        self._free[sequence.slot] = sequence.tokens[:held]
         sequence.slot = None
+
+
+def _worth(held: list[int], prompt: list[int]) -> int:
+    """What a slot's tokens save; nothing where they are the better part of neither side.
+
+    A few tokens that every prompt begins with are no reason to lose a long conversation.
+    """
+    shared = _shared(held, prompt)
+    return shared if 2 * shared >= min(len(held), len(prompt)) else 0
 
 
 def _shared(held: list[int], prompt: list[int]) -> int:

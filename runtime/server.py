@@ -1,9 +1,10 @@
 """An OpenAI-compatible endpoint over one `Generator`, which runs several requests at a time."""
 
+import asyncio
 import hmac
 import json
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, suppress
 from typing import Any
 
 import anyio
@@ -16,13 +17,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qexport.errors import InputError, QexportError
 from qexport.runtime import protocol
-from qexport.runtime.engine import Ticket
+from qexport.runtime.engine import Engine
 from qexport.runtime.generator import Generator, Piece
 from qexport.runtime.protocol import ChatRequest, CompletionRequest, Reply, error_body, usage
+from qexport.runtime.sampler import Sampling
 from qexport.runtime.scheduler import QueueFullError
 from qexport.version import __version__
 
 __all__ = ["create_app"]
+
+_TICK = 1.0  # seconds after which a waiting request looks whether its client is still there
 
 
 def create_app(generator: Generator, model: str, api_key: str | None = None) -> FastAPI:
@@ -76,9 +80,9 @@ class _NoSuchModelError(Exception):
 class _Stream(StreamingResponse):
     """A stream that is closed with its connection, wherever the client's leaving caught it."""
 
-    def __init__(self, events: AsyncGenerator[str, None]) -> None:
+    def __init__(self, events: AsyncGenerator[str, None], pieces: "_Pieces") -> None:
         super().__init__(events, media_type="text/event-stream")
-        self._events = events
+        self._events, self._pieces = events, pieces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -86,6 +90,7 @@ class _Stream(StreamingResponse):
         finally:
             with anyio.CancelScope(shield=True):
                 await self._events.aclose()
+                await self._pieces.aclose()  # also where no event was ever asked for
 
 
 class _Engine:
@@ -112,31 +117,61 @@ class _Engine:
         room = self._generator.context - len(prompt)
         sampling = body.sampling(limit or max(1, min(reply.default_tokens, room)))
         # Checked here, before a stream's 200 is on the wire.
-        iterator = self._generator.stream(prompt, sampling)
-        pieces = self._pieces(iterator)
+        pieces = _Pieces(self._generator.engine, prompt, sampling)
         if body.stream:
             options = body.stream_options
             events = _events(pieces, reply, len(prompt), bool(options and options.include_usage))
-            return _Stream(events)
+            return _Stream(events, pieces)
         text, count, finish = "", 0, None
         async with aclosing(pieces):
             async for piece in pieces:
-                text += piece.text
-                count, finish = piece.tokens, piece.finish_reason
                 if await request.is_disconnected():
                     return Response(status_code=499)
+                if piece is not None:
+                    text += piece.text
+                    count, finish = piece.tokens, piece.finish_reason
         return JSONResponse(reply.whole(text, finish, usage(len(prompt), count)))
 
-    async def _pieces(self, ticket: Ticket) -> AsyncGenerator[Piece, None]:
-        try:
-            while (piece := await to_thread.run_sync(next, ticket, None)) is not None:
-                yield piece
-        finally:
-            ticket.close()
+
+class _Pieces(AsyncIterator[Piece | None]):
+    """One request's pieces, and None for every second without one. `aclose` gives the slot back.
+
+    Pieces come from the engine's thread into the event loop's own queue, so that any number of
+    requests may wait without a thread. Beginning one raises what `Engine.start` does.
+    """
+
+    def __init__(self, engine: Engine, prompt: list[int], sampling: Sampling) -> None:
+        loop = asyncio.get_running_loop()
+        self._made = asyncio.Queue[Piece]()
+        self._ended = False
+
+        def emit(piece: Piece) -> None:
+            with suppress(RuntimeError):  # the loop has ended: nobody listens
+                loop.call_soon_threadsafe(self._made.put_nowait, piece)
+
+        self._engine = engine
+        self._sequence = engine.start(prompt, sampling, emit)
+
+    async def __anext__(self) -> Piece | None:
+        if self._ended:
+            raise StopAsyncIteration
+        with anyio.move_on_after(_TICK):
+            piece = await self._made.get()
+            self._ended = piece.last
+            if piece.error is not None:
+                raise piece.error
+            return piece
+        return None
+
+    async def aclose(self) -> None:
+        """Stop the work, if it is not done."""
+        if not self._ended:
+            self._ended = True
+            self._engine.cancel(self._sequence)
 
 
 async def _events(
-    pieces: AsyncGenerator[Piece, None], reply: Reply, prompt: int, with_usage: bool
+    pieces: "_Pieces", reply: Reply, prompt: int, with_usage: bool
 ) -> AsyncGenerator[str, None]:
     """The server-sent events of one stream. An error after the first byte becomes an event."""
     count = 0
@@ -146,6 +181,8 @@ async def _events(
             if opening is not None:
                 yield _event(opening)
             async for piece in pieces:
+                if piece is None:
+                    continue
                 count = piece.tokens
                 if piece.text:
                     yield _event(reply.chunk(piece.text, None))

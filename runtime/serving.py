@@ -76,9 +76,12 @@ def open_decoder(checkpoint: Checkpoint, serving: Serving) -> Decoder:
             dtype=dtype,
             kernel=serving.kernel,
         )
-    in_cpp = device.type == "cpu" and serving.kernel in (None, "cpu", "cpu-exact")
+    in_cpp = device.type == "cpu" and (
+        serving.kernel in ("cpu", "cpu-exact")
+        or (serving.kernel is None and CpuDecoder.refuses(config) is None)
+    )
     context = _context(config, serving, CACHES[serving.cache] if in_cpp else dtype, device)
-    if in_cpp and (serving.kernel is not None or CpuDecoder.refuses(config) is None):
+    if in_cpp:
         return CpuDecoder(
             checkpoint,
             config,
@@ -105,7 +108,11 @@ def _context(
     config: DecoderConfig, serving: Serving, cache: torch.dtype, device: torch.device
 ) -> int:
     if serving.context is not None:
-        return min(serving.context, config.context)
+        if serving.context > config.context:
+            raise InputError(
+                f"the model has a context of {config.context}; --context {serving.context} is more."
+            )
+        return serving.context
     if device.type == "cuda":
         memory = torch.cuda.mem_get_info(device)[0]
     else:

@@ -2,22 +2,24 @@
 
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
-
 __all__ = ["StopText", "TextStream"]
+
+
+_BEFORE = 6  # tokens of the prompt that a first token's text may depend on
+_LONGEST = 16  # tokens that may wait for the rest of a character
+_BROKEN = "\ufffd"
 
 
 class TextStream:
     """Text of one sequence, token by token, held back while it may become a stop string."""
 
     def __init__(self, tokenizer: Any, prompt: list[int], stops: tuple[str, ...]) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = DecodeStream(ids=prompt, skip_special_tokens=True)
+        self._decoder = _Detokenizer(tokenizer, prompt)
         self._stopper = StopText(stops)
 
     def add(self, token: int) -> str:
         """Text that is safe to show after `token`."""
-        return self._stopper.feed(self._decoder.step(self._tokenizer, token) or "")
+        return self._stopper.feed(self._decoder.add(token))
 
     @property
     def stopped(self) -> bool:
@@ -25,7 +27,45 @@ class TextStream:
 
     def rest(self) -> str:
         """What was held back."""
-        return self._stopper.rest()
+        shown = self._stopper.feed(self._decoder.rest())
+        return shown if self._stopper.found else shown + self._stopper.rest()
+
+
+class _Detokenizer:
+    """Decodes a window of tokens whose start moves on whenever whole characters came out.
+
+    What a token's text is depends on its neighbours (spaces, bytes of one character), so that the
+    text of the window with it is compared with the text without it.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: list[int]) -> None:
+        self._tokenizer = tokenizer
+        self._window = prompt[-_BEFORE:]
+        self._shown = len(self._window)  # tokens of the window whose text is out
+
+    def add(self, token: int) -> str:
+        """Text that `token` completes."""
+        self._window.append(token)
+        text = self._new()
+        if text.endswith(_BROKEN) and len(self._window) - self._shown < _LONGEST:
+            return ""  # perhaps the beginning of a character
+        return self._move_on(text)
+
+    def rest(self) -> str:
+        """Text of tokens that still wait for others."""
+        return self._move_on(self._new()) if self._shown < len(self._window) else ""
+
+    def _new(self) -> str:
+        return self._text(self._window)[len(self._text(self._window[: self._shown])) :]
+
+    def _move_on(self, text: str) -> str:
+        if text:
+            self._window = self._window[self._shown :]
+            self._shown = len(self._window)
+        return text
+
+    def _text(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 class StopText:

@@ -8,8 +8,11 @@ import click
 
 from qexport.cli.common import Command, progress_console
 from qexport.cli.serving import serving_options
+from qexport.errors import InputError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from qexport.runtime.engine import Ticket
 
 _EPILOG = """\b
@@ -37,6 +40,8 @@ def command(
     begin = [{"role": "system", "content": system}] if system else []
     messages = list(begin)
     with open_generator(path, Serving(**serving)) as generator:
+        if not generator.has_template:
+            raise InputError("this model has no chat template; use qexport generate.")
         while True:
             console.print("> ", end="")
             question = sys.stdin.readline().strip()
@@ -45,21 +50,27 @@ def command(
             if question == "/reset":
                 messages = list(begin)
                 continue
-            messages.append({"role": "user", "content": question})
-            prompt = generator.encode_chat(messages)
-            room = max(1, min(max_tokens, generator.context - len(prompt)))
-            answer = _show(generator.stream(prompt, Sampling(room, temperature)))
-            messages.append({"role": "assistant", "content": answer})
+            asked = {"role": "user", "content": question}
+            try:
+                prompt = generator.encode_chat([*messages, asked])
+                room = max(1, min(max_tokens, generator.context - len(prompt)))
+                ticket = generator.stream(prompt, Sampling(room, temperature))
+            except InputError as error:  # the conversation so far stays
+                console.print(f"{error} Ask otherwise, or begin anew with /reset.", markup=False)
+                continue
+            messages += [asked, {"role": "assistant", "content": _show(ticket, console)}]
 
 
-def _show(ticket: "Ticket") -> str:
+def _show(ticket: "Ticket", console: "Console") -> str:
     """Print an answer as it is made; Ctrl-C ends it, and what was said so far stays."""
-    answer = ""
+    answer, reason = "", None
     try:
         for piece in ticket:
-            answer += piece.text
+            answer, reason = answer + piece.text, piece.finish_reason
             click.echo(piece.text, nl=False)
     except KeyboardInterrupt:
         ticket.close()
     click.echo()
+    if reason == "length":
+        console.print("(cut here: --max-tokens, or the context is full; /reset empties it)")
     return answer

@@ -1,5 +1,6 @@
 """`qexport generate`."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import click
 from qexport.cli.common import Command
 from qexport.cli.serving import serving_options
 
+_TOKENS = 128
 _EPILOG = """\b
 Example:
   qexport generate packed -p "The capital of France is" --max-tokens 20"""
@@ -15,8 +17,10 @@ Example:
 
 @click.command(cls=Command, epilog=_EPILOG)
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("-p", "--prompt", required=True)
-@click.option("--max-tokens", default=128, show_default=True, type=click.IntRange(min=1))
+@click.option("-p", "--prompt", required=True, help="Text to continue; - reads standard input.")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), help="Default: 128, or what the context has left."
+)
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0))
 @click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True))
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1))
@@ -24,7 +28,7 @@ Example:
 def command(
     path: Path,
     prompt: str,
-    max_tokens: int,
+    max_tokens: int | None,
     temperature: float,
     top_p: float,
     seed: int | None,
@@ -34,8 +38,12 @@ def command(
     from qexport.runtime.generator import Sampling
     from qexport.runtime.serving import Serving, open_generator
 
-    sampling = Sampling(max_tokens, temperature, top_p, seed)
+    if prompt == "-":
+        prompt = sys.stdin.read()
     with open_generator(path, Serving(**serving)) as generator:
-        for piece in generator.stream(generator.encode(prompt), sampling):
+        tokens = generator.encode(prompt)
+        room = max(1, min(_TOKENS, generator.context - len(tokens)))
+        sampling = Sampling(max_tokens or room, temperature, top_p, seed)
+        for piece in generator.stream(tokens, sampling):
             click.echo(piece.text, nl=False)
     click.echo()

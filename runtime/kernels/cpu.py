@@ -38,7 +38,7 @@ class CpuLinear(Linear):
         kernels = library()
         assert kernels is not None
         rows = x.float().contiguous()
-        out = torch.empty(len(rows), self.out_features)
+        out = torch.empty(len(rows), self.out_features, dtype=torch.float32, device="cpu")
         kernels.qx_linear_forward(
             *(default_context().handle, byref(self.struct), pointer(rows), len(rows)),
             *(pointer(out), self.out_features, self._exact, False, 1.0),
@@ -95,7 +95,8 @@ class CpuKernel(Kernel):
             group = -(-padded // act_group) * act_group
         kept = _Kept()
         packed = self._arena.take(kernels.qx_packed_bytes(bits, out, inputs))
-        kernels.qx_pack(pointer(weight.codes.contiguous()), bits, out, inputs, pointer(packed))
+        codes = weight.codes.contiguous()  # held until it has been read
+        kernels.qx_pack(pointer(codes), bits, out, inputs, pointer(packed))
         scales = weight.scales if scheme.scale_dtype == torch.float16 else weight.scales.float()
         struct = CpuLinearStruct(bits, DTYPES[scales.dtype], out, inputs, group, act_group)
         struct.zero = scheme.grid.middle

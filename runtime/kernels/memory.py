@@ -4,6 +4,7 @@ A token reads every weight once; on pages of 4 KiB a fifth of that time goes int
 """
 
 import mmap
+import threading
 
 import torch
 from torch import Tensor
@@ -20,13 +21,15 @@ class Arena:
     def __init__(self) -> None:
         self._slab = torch.empty(0, dtype=torch.uint8)
         self._used = 0
+        self._lock = threading.Lock()
 
     def take(self, size: int) -> Tensor:
         """A uint8 tensor of `size` bytes that begins on a line."""
-        if self._used + size > len(self._slab):
-            self._slab, self._used = _slab(max(size, _SLAB)), 0
-        taken = self._slab[self._used : self._used + size]
-        self._used += -(-size // _LINE) * _LINE
+        with self._lock:
+            if self._used + size > len(self._slab):
+                self._slab, self._used = _slab(max(size, _SLAB)), 0
+            taken = self._slab[self._used : self._used + size]
+            self._used += -(-size // _LINE) * _LINE
         return taken
 
     def copy(self, tensor: Tensor) -> Tensor:
@@ -37,7 +40,10 @@ class Arena:
 
 
 def _slab(size: int) -> Tensor:
-    pages = mmap.mmap(-1, size)
+    if hasattr(mmap, "MAP_PRIVATE"):  # shared pages are never large ones
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    else:
+        pages = mmap.mmap(-1, size)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)

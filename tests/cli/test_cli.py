@@ -112,13 +112,39 @@ def test_kernels_and_caches_may_be_named(cli: Cli, runs: Runs) -> None:
     assert quick.returncode == 0, quick.stderr
     wrong = cli(*arguments, "--kernel", "fast")
     assert wrong.returncode == 2
-    assert "there is no kernel 'fast'; there are cpu, cpu-exact, reference" in wrong.stderr
+    assert "there is no kernel 'fast'; there are cpu, cpu-exact, triton, reference" in wrong.stderr
     elsewhere = cli(*arguments, "--kernel", "triton")
     assert elsewhere.returncode == 4
     assert "it runs on GPUs, not on cpu" in elsewhere.stderr
     short = cli(*arguments[:-1], 40, "--context", 32)
     assert short.returncode == 2
     assert "does not fit the context of 32" in short.stderr
+
+
+def test_a_prompt_may_come_from_standard_input(cli: Cli, runs: Runs) -> None:
+    arguments = ("generate", runs("2"), "--max-tokens", 4, "-p")
+    given = cli(*arguments, "hello")
+    assert cli(*arguments, "-", stdin="hello").stdout == given.stdout != "\n"
+
+
+def test_what_the_context_leaves(cli: Cli, runs: Runs) -> None:
+    """Without --max-tokens an answer takes what is there; a context the model lacks is refused."""
+    short = cli("generate", runs("2"), "-p", "hello", "--context", 20)
+    assert short.returncode == 0, short.stderr
+    large = cli("generate", runs("2"), "-p", "hello", "--context", 100000)
+    assert large.returncode == 2
+    assert "the model has a context of" in large.stderr
+
+
+def test_chat_goes_on_after_what_it_cannot_answer(cli: Cli, runs: Runs) -> None:
+    said = f"{'long ' * 200}\nhello\n\n"
+    result = cli("chat", runs("2"), "--max-tokens", 4, "--context", 256, stdin=said)
+    assert result.returncode == 0, result.stderr
+    assert "does not fit the context of 256" in " ".join(result.stderr.split())
+    assert "/reset" in result.stderr
+    assert "cut here" in result.stderr  # after four tokens
+    alone = cli("chat", runs("2"), "--max-tokens", 4, stdin="hello\n\n")
+    assert result.stdout == alone.stdout
 
 
 def test_chat_forgets(cli: Cli, runs: Runs) -> None:

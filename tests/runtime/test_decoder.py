@@ -263,3 +263,18 @@ def test_what_is_left_to_transformers() -> None:
         found = decoder_config(config)
         assert isinstance(found, str)
         assert reason in found
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "longrope"])
+def test_a_kept_prefix_changes_nothing(tmp_path: Path, family: str, decoder: Make) -> None:
+    """Whatever a decoder lets a prompt take over of another's cache, the answer is its own."""
+    made = decoder(make(tmp_path / "model", family))
+    first, other = tokens(0), tokens(1)
+    for held, length in ((20, 40), (LENGTH, 40), (40, LENGTH), (LENGTH, LENGTH)):
+        prompt = [*first[:16], *other[16:length]]
+        want = made.forward([Span(1, 0, prompt, length)])
+        made.forward([Span(0, 0, first[:held], held)])
+        kept = made.reusable(0, held, 16, length)
+        assert 0 <= kept <= 16
+        close(made.forward([Span(0, kept, prompt[kept:], length)]), want)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 
 from qexport.errors import InputError, QexportError
@@ -15,7 +16,7 @@ from qexport.runtime.loader import open_model
 from qexport.runtime.model import Decoder, Span
 from qexport.runtime.scheduler import QueueFullError
 from qexport.runtime.serving import Serving, open_generator
-from qexport.runtime.text import StopText
+from qexport.runtime.text import StopText, TextStream
 
 EXACT = Serving(slots=3, kernel="cpu-exact", cache="float32")
 
@@ -107,14 +108,58 @@ def test_text_held_for_a_stop_that_does_not_come_is_given_back() -> None:
 
 
 def test_characters_of_several_tokens_come_whole(generator: Generator) -> None:
-    from tokenizers.decoders import DecodeStream
-
     ids = generator.encode("naïve 🙂")
     assert len(ids) > len("naïve 🙂")
-    stream = DecodeStream(skip_special_tokens=True)
-    parts = [stream.step(generator.tokenizer.backend_tokenizer, i) for i in ids]
-    assert "".join(part or "" for part in parts) == "naïve 🙂"
+    stream = TextStream(generator.tokenizer.backend_tokenizer, [], ())
+    parts = [stream.add(i) for i in ids]
+    assert "".join(parts) == "naïve 🙂"
     assert "🙂" in parts
+    assert stream.rest() == ""
+
+
+def test_a_prompt_is_never_given_back(generator: Generator) -> None:
+    """Not even one that ends within a character, or in the sign for a broken one."""
+    backend = generator.tokenizer.backend_tokenizer
+    for prompt in (generator.encode("secret \ufffd"), generator.encode("secret 🙂")[:-1]):
+        stream = TextStream(backend, prompt, ("secret",))
+        shown = "".join(stream.add(i) for i in generator.encode("ab")) + stream.rest()
+        assert shown == "ab" and not stream.stopped
+
+
+def test_a_broken_character_at_the_end_is_told(generator: Generator) -> None:
+    stream = TextStream(generator.tokenizer.backend_tokenizer, [], ())
+    parts = [stream.add(i) for i in [*generator.encode("x"), *generator.encode("🙂")[:2]]]
+    assert "".join(parts) == "x"
+    assert set(stream.rest()) == {"\ufffd"}
+    assert stream.rest() == ""
+
+
+def test_bytes_that_are_no_text_do_not_end_an_answer() -> None:
+    """Byte fallback, as Llama 2 has it: a newline's byte, then one that is no character."""
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "a"]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    stream = TextStream(tokenizer, [vocabulary["a"]], ())
+    ids = [vocabulary[name] for name in ("<0x0A>", "<0xFF>", "a", *["<0xFE>"] * 40, "a")]
+    shown = "".join(stream.add(i) for i in ids) + stream.rest()
+    assert shown.endswith("a") and shown.count("\ufffd") >= 30
+
+
+def test_threads_that_begin_together_share_one_engine(tiny_model: Path) -> None:
+    with open_generator(tiny_model, EXACT) as opened:
+        barrier, found = threading.Barrier(8), []
+
+        def begin() -> None:
+            barrier.wait()
+            found.append(opened.engine)
+
+        threads = [threading.Thread(target=begin) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len({id(engine) for engine in found}) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Every kernel against the reference: all schemes, odd shapes, any number of tokens."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from qexport.grid import GRIDS, Grid, Scheme
 from qexport.runtime.kernels import KERNELS, choose
 from qexport.runtime.kernels.cpu import CpuKernel
 from qexport.runtime.kernels.cpu_library import library
+from qexport.runtime.kernels.memory import Arena
 from qexport.tensor import QuantizedTensor, portable
 
 CPU = torch.device("cpu")
@@ -150,3 +152,37 @@ def test_what_is_refused_is_not_packed() -> None:
     assert "not on cuda" in str(
         CpuKernel().refuses(Scheme(GRIDS["int4"], 64), (16, 64), torch.device("cuda"))
     )
+
+
+def test_codes_need_not_be_contiguous() -> None:
+    held = weight(GRIDS["int4"], 32, (64, 64), torch.float32)
+    turned = QuantizedTensor(held.codes.T, held.scales, held.scheme)
+    x = torch.randn(2, 64)
+    found = CpuKernel(exact=True).prepack(turned).matmul(x)
+    torch.testing.assert_close(found, x @ turned.dequantize().T, rtol=1e-4, atol=1e-4)
+
+
+def test_torchs_default_dtype_is_not_ours() -> None:
+    held, x = weight(GRIDS["int4"], 32, (48, 64), torch.float32), torch.randn(2, 64)
+    linear = CpuKernel(exact=True).prepack(held)
+    want = linear.matmul(x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(linear.matmul(x), want)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="not Linux")
+def test_weights_are_private_memory() -> None:
+    """Shared pages are never large ones, and a forked process would write into ours."""
+    taken = Arena().take(1 << 20)
+    taken.fill_(1)
+    begin = taken.data_ptr()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, permissions = line.split()[:2]
+        low, high = (int(part, 16) for part in span.split("-"))
+        if low <= begin < high:
+            assert permissions == "rw-p"
+            return
+    pytest.fail("the slab is not mapped")

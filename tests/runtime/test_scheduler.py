@@ -1,6 +1,7 @@
 """The scheduler under random arrivals, cancels and ends: every request ends exactly once."""
 
 from collections.abc import Sequence as Many
+from typing import Any
 
 import pytest
 import torch
@@ -178,6 +179,67 @@ def test_a_long_prompt_does_not_hold_up_the_others() -> None:
     for _ in range(8):
         scheduler.step()
     assert (len(pieces[0]), len(pieces[1])) == (8, 0)
+
+
+def request(scheduler: Scheduler, prompt: list[int], most: int = 1) -> list[Piece]:
+    pieces: list[Piece] = []
+    sampling = Sampling(max_tokens=most)
+    text = TextStream(WORDS, prompt, ())
+    scheduler.submit(Sequence(prompt, sampling, Sampler(sampling, []), text, pieces.append))
+    return pieces
+
+
+def test_a_prompt_that_is_not_to_be_split_waits_for_room() -> None:
+    decoder = Counting(2, 48)
+    decoder.chunked = False
+    scheduler = Scheduler(decoder, frozenset())
+    told = [request(scheduler, [2] * 30), request(scheduler, [3] * 30)]
+    scheduler.step()
+    assert (len(told[0]), decoder.held[1]) == (1, [])
+    scheduler.step()
+    assert len(told[1]) == 1
+
+
+def test_a_decoder_may_take_nothing_over() -> None:
+    decoder = Counting(1, 48)
+    scheduler = Scheduler(decoder, frozenset())
+    for expected_share, may in ((0, True), (9, True), (0, False)):
+        asked: list[tuple[int, ...]] = []
+
+        def reusable(*numbers: int, may: bool = may, asked: Any = asked) -> int:
+            asked.append(numbers)
+            return numbers[2] if may else 0
+
+        decoder.reusable = reusable  # type: ignore[method-assign, assignment]
+        told = request(scheduler, [2] * 10)
+        scheduler.step()
+        assert told[-1].cached == expected_share
+        assert asked == ([(0, 10, 10, 10)] if asked else [])
+
+
+def test_a_long_conversation_is_not_lost_to_a_few_tokens_in_common() -> None:
+    decoder = Counting(2, 48)
+    scheduler = Scheduler(decoder, frozenset())
+    first = [1, *range(2, 32)]
+    request(scheduler, first)
+    scheduler.step()
+    request(scheduler, [1, 2, *[5] * 20])  # begins the same: goes to the empty slot
+    scheduler.step()
+    again = request(scheduler, [*first, 7])
+    scheduler.step()
+    assert again[-1].cached == len(first)
+
+
+def test_a_failed_step_leaves_an_empty_slot() -> None:
+    decoder = Counting(1, 48)
+    scheduler = Scheduler(decoder, frozenset(), chunk=4)
+    broken = request(scheduler, [2, 2, 2, 2, BREAKS])
+    for _ in range(2):
+        scheduler.step()
+    assert broken[-1].error is not None
+    fine = request(scheduler, [2, 2, 2])
+    scheduler.step()
+    assert (fine[-1].cached, fine[-1].error) == (0, None)
 
 
 @pytest.mark.parametrize("chunked", [True, False])

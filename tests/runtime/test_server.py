@@ -1,5 +1,6 @@
 """The endpoint as clients see it: the official client, raw HTTP, errors, keys, disconnects."""
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -11,9 +12,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from anyio import to_thread
 
 from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.pack import pack
+from qexport.runtime.server import create_app
+from qexport.runtime.serving import Serving, open_generator
 from qexport.tiny import write_tiny_model
 from tests.conftest import Cli, Runs
 
@@ -238,7 +242,24 @@ def test_a_client_that_goes_away_frees_the_model(tmp_path: Path, key: tuple[str,
         server.stop()
 
 
-def test_requests_that_come_together_are_all_answered(client: openai.OpenAI) -> None:
+def test_requests_that_wait_do_not_hold_up_those_that_run(tiny_model: Path) -> None:
+    """Nobody waits in a thread: with a single one for the whole application all are answered."""
+
+    async def ask(count: int) -> list[int]:
+        to_thread.current_default_thread_limiter().total_tokens = 1
+        with open_generator(tiny_model, Serving(slots=2)) as generator:
+            transport = httpx.ASGITransport(create_app(generator, "tiny"))
+            body = {"model": "tiny", "prompt": [1, 2], "max_tokens": 4, "stream": True}
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as asker:
+                asked = [asker.post("/v1/completions", json=body) for _ in range(count)]
+                return [answer.status_code for answer in await asyncio.gather(*asked)]
+
+    assert asyncio.run(asyncio.wait_for(ask(30), 60)) == [200] * 30
+
+
+@pytest.mark.parametrize("count", [8, 60])
+def test_requests_that_come_together_are_all_answered(client: openai.OpenAI, count: int) -> None:
+    """Also where more wait than a thread pool has threads."""
     found: list[str] = []
 
     def ask() -> None:
@@ -247,12 +268,12 @@ def test_requests_that_come_together_are_all_answered(client: openai.OpenAI) -> 
         )
         found.append(answer.choices[0].text)
 
-    threads = [threading.Thread(target=ask) for _ in range(8)]
+    threads = [threading.Thread(target=ask) for _ in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 8
+    assert len(found) == count
     assert len(set(found)) == 1
 
 
