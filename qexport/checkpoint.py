@@ -95,6 +95,9 @@ class Checkpoint(Mapping[str, Tensor | QuantizedTensor]):
     def __getitem__(self, name: str) -> Tensor | QuantizedTensor:
         return self.entries[name].load()
 
+    def __contains__(self, name: object) -> bool:  # a Mapping's own would read the tensor
+        return name in self.entries
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
 
