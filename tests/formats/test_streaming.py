@@ -90,14 +90,16 @@ def test_a_torn_journal_is_read_to_its_tear(
     with pytest.raises(SystemExit):
         pack(counting(source, first, 9), FORMATS["native"], tmp_path / "out")
     journal = tmp_path / ".out.packing" / ".journal"
+    last = journal.read_text().splitlines()[-1]
+    (torn,) = [name for name in first if f'"{name}"' in last]  # two at a time end in any order
     journal.write_bytes(journal.read_bytes()[:-20])
     second: list[str] = []
     with pytest.raises(SystemExit):  # killed again: what is written now is read, too
         pack(counting(source, second, 5), FORMATS["native"], tmp_path / "out")
-    assert second[0] == first[-1]
+    assert torn in second[:2]
     third: list[str] = []
     assert pack(counting(source, third, None), FORMATS["native"], tmp_path / "out").exact
-    assert not set(third) & {*first[:-1], *second}
+    assert not set(third) & {*first, *second}
 
 
 def test_sigkill_of_the_command(cli: Cli, runs: Runs, tmp_path: Path) -> None:
