@@ -15,7 +15,7 @@ from qexport.tensor import QuantizedTensor, portable
 
 CPU = torch.device("cpu")
 GROUPS = (16, 32, 48, 64, 128, None)
-SHAPES = ((1, 96), (17, 768), (70, 192))  # of outputs and inputs
+SHAPES = ((17, 768), (70, 192))  # of outputs and inputs
 
 
 def random_weight(grid: str, group: int | None, shape: tuple[int, int]) -> QuantizedTensor:
