@@ -1,6 +1,5 @@
 """Any architecture that transformers models, its quantized layers multiplied by our kernels."""
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -12,7 +11,7 @@ from qexport.checkpoint import Checkpoint
 from qexport.modelling import build_model
 from qexport.runtime.kernels import Linear, choose
 from qexport.runtime.loader import read_tensor
-from qexport.runtime.model import Decoder, Span
+from qexport.runtime.model import Decoder, Span, allowed_context
 
 __all__ = ["AnyDecoder"]
 
@@ -40,16 +39,13 @@ class AnyDecoder(Decoder):
         config = self._model.config.get_text_config()
         self.slots, self.vocabulary = slots, int(config.vocab_size)
         most = int(getattr(config, "max_position_embeddings", 2048))
-        self.context = most if context is None else min(context, most)
+        self.context = most if context is None else allowed_context(context, most)
         self.kernels = f"{', '.join(sorted(names))} in transformers' {type(self._model).__name__}"
         self._new_cache = partial(DynamicCache, config=config)
         self._caches: list[Any] = [self._new_cache() for _ in range(slots)]
         self._device = device
         rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
-        # angles of a token depend on the length of the whole prompt
-        self._moving = any(
-            name in json.dumps(rope, default=str) for name in ("longrope", "dynamic")
-        )
+        self._moving = _moves(rope)
 
     def reusable(self, slot: int, held: int, shared: int, length: int) -> int:
         """Only a cache that keeps everything gives tokens back, and only if positions stay."""
@@ -74,6 +70,15 @@ class AnyDecoder(Decoder):
         output = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits: Tensor = output.logits[0, -1].float().cpu()
         return logits
+
+
+def _moves(rope: Any) -> bool:
+    """Whether a token's angles depend on the length of the prompt; `rope` may be one per kind of
+    layer."""
+    if not isinstance(rope, dict):
+        return False
+    kind = rope.get("rope_type", rope.get("type"))
+    return kind in ("longrope", "dynamic") or any(map(_moves, rope.values()))
 
 
 class _KernelLinear(nn.Module):

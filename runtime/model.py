@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, scaled_dot_product_attention, silu
 
 from qexport.checkpoint import Checkpoint
-from qexport.errors import CheckpointError
+from qexport.errors import CheckpointError, InputError
 from qexport.grid import INT4, INT8, Scheme
 from qexport.runtime.families import DecoderConfig
 from qexport.runtime.kernels import Linear, choose
@@ -55,6 +55,13 @@ class Span:
     tokens: Sequence[int]
     length: int
     logits: bool = True
+
+
+def allowed_context(asked: int, most: int) -> int:
+    """The context that a user asked for. Raises InputError where the model has less."""
+    if asked > most:
+        raise InputError(f"the model has a context of {most}; {asked} is more than that.")
+    return asked
 
 
 class Decoder(ABC):

@@ -171,7 +171,7 @@ class _Pieces(AsyncIterator[Piece | None]):
 
 
 async def _events(
-    pieces: "_Pieces", reply: Reply, prompt: int, with_usage: bool
+    pieces: _Pieces, reply: Reply, prompt: int, with_usage: bool
 ) -> AsyncGenerator[str, None]:
     """The server-sent events of one stream. An error after the first byte becomes an event."""
     count = 0

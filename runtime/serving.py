@@ -16,7 +16,7 @@ from qexport.runtime.families import DecoderConfig, decoder_config
 from qexport.runtime.generator import Generator
 from qexport.runtime.kernels import KERNELS
 from qexport.runtime.loader import best_device, open_tokenizer, resolve_dtype
-from qexport.runtime.model import Decoder, TorchDecoder
+from qexport.runtime.model import Decoder, TorchDecoder, allowed_context
 
 __all__ = ["CACHES", "Serving", "open_decoder", "open_generator"]
 
@@ -108,11 +108,7 @@ def _context(
     config: DecoderConfig, serving: Serving, cache: torch.dtype, device: torch.device
 ) -> int:
     if serving.context is not None:
-        if serving.context > config.context:
-            raise InputError(
-                f"the model has a context of {config.context}; --context {serving.context} is more."
-            )
-        return serving.context
+        return allowed_context(serving.context, config.context)
     if device.type == "cuda":
         memory = torch.cuda.mem_get_info(device)[0]
     else:

@@ -37,3 +37,9 @@ class Kernel(ABC):
 
         Raises ValueError for what `refuses` refuses.
         """
+
+    def check(self, weight: QuantizedTensor) -> None:
+        """Raise ValueError for what `refuses` refuses."""
+        reason = self.refuses(weight.scheme, weight.shape, weight.codes.device)
+        if reason is not None:
+            raise ValueError(reason)

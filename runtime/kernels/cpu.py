@@ -80,9 +80,7 @@ class CpuKernel(Kernel):
         return None
 
     def prepack(self, weight: QuantizedTensor, bias: Tensor | None = None) -> CpuLinear:
-        reason = self.refuses(weight.scheme, weight.shape, weight.codes.device)
-        if reason is not None:
-            raise ValueError(reason)
+        self.check(weight)
         kernels = library()
         assert kernels is not None
         (out, inputs), scheme = weight.shape, weight.scheme

@@ -84,9 +84,7 @@ class TritonKernel(Kernel):
         return None
 
     def prepack(self, weight: QuantizedTensor, bias: Tensor | None = None) -> Linear:
-        reason = self.refuses(weight.scheme, weight.shape, weight.codes.device)
-        if reason is not None:
-            raise ValueError(reason)
+        self.check(weight)
         return _TritonLinear(weight, bias)
 
 

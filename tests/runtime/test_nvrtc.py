@@ -26,10 +26,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def compiler() -> None:
-    try:
-        nvrtc.nvrtc_version()
-    except UnsupportedError as error:
-        pytest.skip(str(error))
+    """On Linux `make setup` installs it: where it cannot be loaded there, tests fail."""
+    if sys.platform != "linux":
+        pytest.skip("NVRTC is a dependency of tests on Linux only")
 
 
 @pytest.mark.usefixtures("compiler")
@@ -90,8 +89,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(
 def test_instructions_for_a_weight(grid: str) -> None:
     """What decode.cuh means to cost is what the compiler makes of it."""
     nvdisasm = disassembler()
-    if nvdisasm is None:
-        pytest.skip("no nvdisasm: triton is not installed")
+    assert nvdisasm is not None, "triton, which brings it, is installed with NVRTC"
     for architecture in ("sm_80", "sm_90a"):
         for half in ("Half", "Bfloat16"):
             found = count(architecture, half, grid, nvdisasm)

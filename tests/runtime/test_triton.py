@@ -1,6 +1,5 @@
 """The Triton kernel: under Triton's interpreter, and compiled for GPUs that are not here."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+    sys.platform != "linux", reason="triton is a dependency of tests on Linux only"
 )
 HERE = Path(__file__).parent
 

@@ -68,12 +68,17 @@ inline u32 fma_pair(u32 a, u32 b, u32 c, int mantissa, int bias) {
 }
 #endif
 
-struct Half {
-    static constexpr int mantissa = 10, bias = 15;
+template <int MANTISSA, int BIAS>
+struct Format {
+    static constexpr int mantissa = MANTISSA, bias = BIAS;
+    // a * b + c of two numbers each, rounded once.
     static QX_FN u32 fma(u32 a, u32 b, u32 c) {
 #if defined(__CUDA_ARCH__)
         u32 d;
-        asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+        if constexpr (MANTISSA == 10)
+            asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+        else
+            asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
         return d;
 #else
         return fma_pair(a, b, c, mantissa, bias);
@@ -81,18 +86,8 @@ struct Half {
     }
 };
 
-struct Bfloat16 {
-    static constexpr int mantissa = 7, bias = 127;
-    static QX_FN u32 fma(u32 a, u32 b, u32 c) {
-#if defined(__CUDA_ARCH__)
-        u32 d;
-        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-        return d;
-#else
-        return fma_pair(a, b, c, mantissa, bias);
-#endif
-    }
-};
+using Half = Format<10, 15>;
+using Bfloat16 = Format<7, 127>;
 
 // Two equal numbers, `times` * 2**-16 each.
 template <class F>
