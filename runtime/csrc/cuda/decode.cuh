@@ -18,8 +18,10 @@
 
 #if defined(__CUDA_ARCH__)
 #define QX_FN __device__ __forceinline__
+#define QX_UNROLL _Pragma("unroll")
 #else
 #define QX_FN inline
+#define QX_UNROLL
 #endif
 
 typedef unsigned int u32;

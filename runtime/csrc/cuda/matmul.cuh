@@ -1,0 +1,310 @@
+// out = x weight^T + bias for packed weights [N, K] and x [M, K] in half precision.
+//
+// Weights are the first operand of mma.m16n8k16, tokens the second, so that 1 to 8 tokens cost the
+// same. A warp owns TILES tiles of 16 outputs and 8 * COLUMNS tokens. Weights go from global memory
+// to registers in loads of 16 bytes that each are of use once, AHEAD chunks before they are wanted;
+// tokens go through a ring of STAGES steps of 64 inputs in shared memory, which the WARPS_N warps
+// beside each other share. WARPS_K such groups, and then blocks (grid z), divide the inputs.
+//
+// Sums are kept in float32, a group's at a time, and meet the group's scale there: a product is
+// (code - zero) * x, exact, and nothing is rounded to half precision before the end. Partial sums
+// are added in their order, by the block that comes last: results do not change from run to run.
+#pragma once
+
+#include "ptx.cuh"
+
+namespace qx {
+
+// Loads of 16 bytes that make a chunk of a tile, and its inputs.
+constexpr int chunk_loads(int bits) { return bits == 3 ? 3 : bits == 4 ? 2 : 1; }
+constexpr int chunk_inputs(int bits) { return chunk_loads(bits) * 256 / bits; }
+
+struct Problem {
+    const unsigned short* x;    // [M, K] at distances of stride_x, 16-byte aligned
+    const Words4* weights;      // [tiles, chunks, loads, 32 lanes]
+    const void* scales;         // [tiles, chunks, 8 rows, spans, 2: the row and the one 8 below]
+    const void* zeros;          // likewise
+    const float* bias;          // [N] or null
+    unsigned short* out;        // [M, N]
+    float* partial;             // [blocks z, M, N] where there are several
+    u32* arrived;               // a zero for each block of a layer
+    int M, N, K, stride_x, tiles, chunks;
+};
+
+struct Half2Scale {
+    u32 bits;
+    QX_FN float low() const { return from_half((unsigned short)bits); }
+    QX_FN float high() const { return from_half((unsigned short)(bits >> 16)); }
+};
+
+struct Bfloat2Scale {
+    u32 bits;
+    QX_FN float low() const { return from_bits(bits << 16); }
+    QX_FN float high() const { return from_bits(bits & 0xffff0000u); }
+};
+
+struct Float2Scale {
+    float first, second;
+    QX_FN float low() const { return first; }
+    QX_FN float high() const { return second; }
+};
+
+template <class F>
+QX_FN unsigned short rounded(float value) {
+    if constexpr (F::mantissa == 10)
+        return to_half(value);
+    else
+        return to_bfloat16(value);
+}
+
+template <int VALUE>
+struct Number {
+    static constexpr int value = VALUE;
+};
+
+template <int COUNT, int AT = 0, class Body>
+QX_FN void repeat(const Body& body) {
+    if constexpr (AT < COUNT) {
+        body(Number<AT>{});
+        repeat<COUNT, AT + 1>(body);
+    }
+}
+
+// Fragment AT (16 inputs) of a step (64), whose words of this lane are at `words`.
+template <class F, int BITS, int TWICE_ZERO, int AT>
+QX_FN void decode_fragment(const u32* words, u32* a) {
+    constexpr int fragments = Words<BITS>::pairs / 4;  // that words decoded together hold
+    const u32* these = words + AT / fragments * Words<BITS>::count;
+    repeat<4>([&](auto r) {
+        constexpr int pair = AT % fragments * 4 + decltype(r)::value;
+        a[decltype(r)::value] = decode_pair<F, BITS, TWICE_ZERO, pair>(these);
+    });
+}
+
+// SPAN inputs share a scale; 0 where all inputs do. ZEROS: groups have zero points of their own.
+template <class F, int BITS, int TWICE_ZERO, bool ZEROS, class SCALE, int SPAN, int TILES,
+          int COLUMNS, int WARPS_N, int WARPS_K, int STAGES, int AHEAD>
+struct Matmul {
+    static constexpr int kLoads = chunk_loads(BITS), kChunk = chunk_inputs(BITS);
+    static constexpr int kStep = 64, kSteps = kChunk / kStep;
+    static constexpr int kSpans = SPAN ? kChunk / SPAN : 1;
+    static constexpr int kTokens = 8 * COLUMNS, kOutputs = 16 * TILES * WARPS_N;
+    static constexpr int kThreads = 32 * WARPS_N * WARPS_K, kBeside = 32 * WARPS_N;
+    static constexpr int kStage = kTokens * kStep * 2;  // bytes
+    static constexpr int kRow = kOutputs + 4;           // floats; no two lanes meet in a bank
+    static constexpr int kRing = WARPS_K * STAGES * kStage;
+    static constexpr int kSums = WARPS_K * kTokens * kRow * 4;
+    static constexpr int kShared = kRing > kSums ? kRing : kSums;
+    static_assert(STAGES >= 2 && AHEAD >= 1, "");
+
+    static constexpr int kScales = kSpans * (int)sizeof(SCALE);
+    struct alignas(kScales < 16 ? kScales : 16) Scales {
+        SCALE of[kSpans];
+    };
+    struct Chunk {
+        Words4 words[TILES][kLoads];
+        Scales scales[TILES], zeros[ZEROS ? TILES : 1];
+    };
+
+    const Problem& p;
+    const int lane, warp_n, warp_k, first_token, tile;
+    const u32 ring;
+    const unsigned long long policy;
+    u32 tokens[COLUMNS][4];  // of two fragments
+    float total[TILES][COLUMNS][4] = {}, part[TILES][COLUMNS][4] = {}, sum[COLUMNS][4] = {};
+
+    QX_FN Matmul(const Problem& problem)
+        : p(problem),
+          lane(thread() % 32),
+          warp_n(thread() / 32 % WARPS_N),
+          warp_k(thread() / 32 / WARPS_N),
+          first_token(block_y() * kTokens),
+          tile((block_x() * WARPS_N + warp_n) * TILES),
+          ring(shared_address() + warp_k * STAGES * kStage),
+          policy(read_once()) {}
+
+    QX_FN void load(Chunk& to, int chunk) const {
+        QX_UNROLL for (int i = 0; i < TILES; ++i) {
+            if (tile + i >= p.tiles) continue;
+            const long at = (long)(tile + i) * p.chunks + chunk;
+            QX_UNROLL for (int j = 0; j < kLoads; ++j)
+                to.words[i][j] = load_stream(p.weights + (at * kLoads + j) * 32 + lane, policy);
+            if constexpr (SPAN != 0) load_scales(to, i, at);
+        }
+    }
+
+    QX_FN void load_scales(Chunk& to, int i, long at) const {
+        to.scales[i] = ((const Scales*)p.scales)[at * 8 + lane / 4];
+        if constexpr (ZEROS) to.zeros[i] = ((const Scales*)p.zeros)[at * 8 + lane / 4];
+    }
+
+    // Tokens of a step into its place in the ring: rows of 128 bytes, their eighths exchanged so
+    // that the same eighth of eight rows lies in all banks (the 128-byte swizzle of wgmma, too).
+    QX_FN void copy_step(int step, int end) const {
+        const int in_group = thread() % kBeside, eighth = in_group % 8;
+        const int input = step * kStep + eighth * 8;
+        const u32 stage = ring + step % STAGES * kStage;
+        for (int row = in_group / 8; row < kTokens; row += kBeside / 8) {
+            const int token = first_token + row;
+            const bool there = token < p.M && input < p.K && step < end;
+            const unsigned short* from = there ? p.x + (long)token * p.stride_x + input : p.x;
+            copy_async(stage + row * 128 + ((eighth ^ (row & 7)) << 4), from, there);
+        }
+        copies_commit();
+    }
+
+    // A group is complete: its scales meet its sums.
+    QX_FN void settle_span(const Chunk& chunk, int i, int j) {
+        const float low = chunk.scales[i].of[j].low(), high = chunk.scales[i].of[j].high();
+        QX_UNROLL for (int n = 0; n < COLUMNS; ++n)
+            QX_UNROLL for (int r = 0; r < 4; ++r) {
+                float value = part[i][n][r];
+                if constexpr (ZEROS) {
+                    const SCALE zero = chunk.zeros[i].of[j];
+                    value -= (r < 2 ? zero.low() : zero.high()) * sum[n][r % 2];
+                }
+                total[i][n][r] += (r < 2 ? low : high) * value;
+                part[i][n][r] = 0.0f;
+            }
+    }
+
+    template <int STEP>
+    QX_FN void multiply_step(const Chunk& chunk, u32 stage) {
+        u32 words[TILES][BITS];
+        QX_UNROLL for (int i = 0; i < TILES; ++i)
+            QX_UNROLL for (int j = 0; j < BITS; ++j)
+                words[i][j] = chunk.words[i][(STEP * BITS + j) / 4].word[(STEP * BITS + j) % 4];
+        const u32 row = stage + lane % 8 * 128;
+        repeat<4>([&](auto f) {
+            constexpr int at = decltype(f)::value;
+            if constexpr (at % 2 == 0)
+                QX_UNROLL for (int n = 0; n < COLUMNS; ++n)
+                    load_matrices(tokens[n],
+                                  row + n * 1024 + (((lane / 8 + at * 2) ^ (lane % 8)) << 4));
+            if constexpr (ZEROS) {
+                const u32 ones[4] = {both<F>(65536), both<F>(65536), both<F>(65536), both<F>(65536)};
+                QX_UNROLL for (int n = 0; n < COLUMNS; ++n)
+                    mma<F>(sum[n], ones, tokens[n] + at % 2 * 2, sum[n]);
+            }
+            QX_UNROLL for (int i = 0; i < TILES; ++i) {
+                u32 a[4];
+                decode_fragment<F, BITS, TWICE_ZERO, at>(words[i], a);
+                QX_UNROLL for (int n = 0; n < COLUMNS; ++n)
+                    mma<F>(part[i][n], a, tokens[n] + at % 2 * 2, part[i][n]);
+            }
+            constexpr int done = (STEP * 4 + at + 1) * 16;
+            if constexpr (SPAN != 0)
+                if constexpr (done % SPAN == 0) {
+                    QX_UNROLL for (int i = 0; i < TILES; ++i)
+                        settle_span(chunk, i, done / SPAN - 1);
+                    if constexpr (ZEROS)
+                        QX_UNROLL for (int n = 0; n < COLUMNS; ++n)
+                            QX_UNROLL for (int r = 0; r < 4; ++r) sum[n][r] = 0.0f;
+                }
+        });
+    }
+
+    QX_FN void multiply(const Chunk& chunk, int at, int end) {
+        repeat<kSteps>([&](auto s) {
+            const int step = at * kSteps + decltype(s)::value;
+            copies_wait<STAGES - 2>();
+            group_sync(warp_k, kBeside);  // all see the step, and none the one before it any more
+            copy_step(step + STAGES - 1, end * kSteps);
+            multiply_step<decltype(s)::value>(chunk, ring + step % STAGES * kStage);
+        });
+    }
+
+    QX_FN void multiply_all(int begin, int end) {
+        Chunk chunks[AHEAD + 1];
+        repeat<AHEAD>([&](auto i) {
+            if (begin + decltype(i)::value < end)
+                load(chunks[decltype(i)::value], begin + decltype(i)::value);
+        });
+        for (int i = 0; i < STAGES - 1; ++i) copy_step(begin * kSteps + i, end * kSteps);
+        for (int at = begin; at < end; at += AHEAD + 1)
+            repeat<AHEAD + 1>([&](auto i) {
+                constexpr int here = decltype(i)::value;
+                if (at + here < end) {
+                    if (at + here + AHEAD < end)
+                        load(chunks[(here + AHEAD) % (AHEAD + 1)], at + here + AHEAD);
+                    multiply(chunks[here], at + here, end);
+                }
+            });
+        copies_wait<0>();
+        if constexpr (SPAN == 0) {
+            Chunk chunk;
+            QX_UNROLL for (int i = 0; i < TILES; ++i) {
+                if (tile + i >= p.tiles) continue;
+                load_scales(chunk, i, tile + i);
+                settle_span(chunk, i, 0);
+            }
+        }
+    }
+
+    // Sums of the warps that divided the inputs, in their order; f(token, output, sum).
+    template <class Use>
+    QX_FN void gather(const Use& use) {
+        float* sums = (float*)shared_memory();
+        block_sync();
+        float* mine = sums + warp_k * kTokens * kRow + warp_n * 16 * TILES + lane / 4;
+        QX_UNROLL for (int i = 0; i < TILES; ++i)
+            QX_UNROLL for (int n = 0; n < COLUMNS; ++n)
+                QX_UNROLL for (int r = 0; r < 4; ++r)
+                    mine[(n * 8 + lane % 4 * 2 + r % 2) * kRow + i * 16 + r / 2 * 8] =
+                        total[i][n][r];
+        block_sync();
+        for (int at = thread(); at < kTokens * kOutputs; at += kThreads) {
+            const int row = at / kOutputs, column = at % kOutputs;
+            const int token = first_token + row, output = block_x() * kOutputs + column;
+            if (token >= p.M || output >= p.N) continue;
+            float value = 0.0f;
+            for (int k = 0; k < WARPS_K; ++k) value += sums[(k * kTokens + row) * kRow + column];
+            use(token, output, value);
+        }
+    }
+
+    QX_FN void write(int token, int output, float value) const {
+        if (p.bias) value += p.bias[output];
+        p.out[(long)token * p.N + output] = rounded<F>(value);
+    }
+
+    QX_FN void finish() {
+        if (blocks_z() == 1) {
+            gather([&](int token, int output, float value) { write(token, output, value); });
+            return;
+        }
+        const long layer = (long)p.M * p.N;
+        gather([&](int token, int output, float value) {
+            p.partial[block_z() * layer + (long)token * p.N + output] = value;
+        });
+        fence();
+        block_sync();
+        u32* counter = p.arrived + block_y() * blocks_x() + block_x();
+        u32* last = (u32*)shared_memory();
+        if (thread() == 0) *last = arrive(counter) == (u32)blocks_z() - 1;
+        block_sync();
+        if (!*last) return;
+        fence();
+        for (int at = thread(); at < kTokens * kOutputs; at += kThreads) {
+            const int token = first_token + at / kOutputs;
+            const int output = block_x() * kOutputs + at % kOutputs;
+            if (token >= p.M || output >= p.N) continue;
+            float value = 0.0f;
+            for (int z = 0; z < blocks_z(); ++z)
+                value += load_fresh(p.partial + z * layer + (long)token * p.N + output);
+            write(token, output, value);
+        }
+        if (thread() == 0) *counter = 0;  // for the next call
+    }
+
+    static QX_FN void run(const Problem& problem) {
+        Matmul matmul(problem);
+        const long slices = (long)blocks_z() * WARPS_K;
+        const long slice = (long)block_z() * WARPS_K + matmul.warp_k;
+        matmul.multiply_all((int)(problem.chunks * slice / slices),
+                            (int)(problem.chunks * (slice + 1) / slices));
+        matmul.finish();
+    }
+};
+
+}  // namespace qx

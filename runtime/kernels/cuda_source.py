@@ -1,0 +1,122 @@
+"""Which CUDA kernel: what the weights are, how the work is divided, and the text that says so.
+
+Kernels are templates in runtime/csrc/cuda; a text of a few lines names one instance, and NVRTC
+compiles it when it is first wanted.
+"""
+
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import torch
+
+from qexport.grid import Scheme
+from qexport.runtime.kernels.cuda_layout import chunk_inputs, span_inputs
+from qexport.runtime.kernels.nvrtc import compile_cubin
+
+__all__ = ["Tile", "WeightKind", "compiled", "default_tile", "matmul_instance", "text_of"]
+
+_SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
+_SCALES = {
+    torch.float16: "Half2Scale",
+    torch.bfloat16: "Bfloat2Scale",
+    torch.float32: "Float2Scale",
+}
+_HALVES = {torch.float16: "Half", torch.bfloat16: "Bfloat16"}
+_STEP = 64
+
+
+@dataclass(frozen=True)
+class WeightKind:
+    """What a kernel has to know of weights.
+
+    bits        of a code, 1 to 4
+    twice_zero  twice the zero point that all share; 0 where groups have their own (`zeros`)
+    span        inputs that share a scale, 0 for all of a row
+    scale       dtype of scales and zero points
+    """
+
+    bits: int
+    twice_zero: int
+    zeros: bool
+    span: int
+    scale: torch.dtype
+
+    @classmethod
+    def of(cls, scheme: Scheme) -> "WeightKind":
+        grid = scheme.grid
+        twice_zero = 0 if grid.zero is None else int(2 * grid.zero)
+        span = span_inputs(scheme.group_size, grid.bits)
+        return cls(grid.bits, twice_zero, grid.zero is None, span, scheme.scale_dtype)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a block of threads works; matmul.cuh says what the numbers are.
+
+    tiles     of 16 outputs for each warp; columns: of 8 tokens
+    warps_n   beside each other along outputs; warps_k: that divide the inputs
+    stages    steps of 64 inputs of tokens that the ring holds
+    ahead     chunks of weights that are on their way
+    """
+
+    tiles: int
+    columns: int
+    warps_n: int
+    warps_k: int
+    stages: int
+    ahead: int
+
+    @property
+    def outputs(self) -> int:
+        return 16 * self.tiles * self.warps_n
+
+    @property
+    def tokens(self) -> int:
+        return 8 * self.columns
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps_n * self.warps_k
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory: the ring, and later the sums."""
+        ring = self.stages * self.tokens * _STEP * 2
+        return self.warps_k * max(ring, self.tokens * (self.outputs + 4) * 4)
+
+
+def default_tile(bits: int, tokens: int) -> Tile:
+    """For what no measurement says otherwise: up to 16 tokens read weights as a stream."""
+    if tokens <= 16:
+        return Tile(2 if bits >= 3 else 4, 1 if tokens <= 8 else 2, 1, 8, 4, 1)
+    if tokens <= 32:
+        return Tile(2, -(-tokens // 8), 2, 4, 4, 1)
+    return Tile(2, min(8, -(-tokens // 8)), 4, 2, 4, 1)
+
+
+def matmul_instance(kind: WeightKind, tile: Tile, half: torch.dtype) -> str:
+    """The C++ type of one matmul kernel."""
+    values = (
+        f"qx::{_HALVES[half]}",
+        *(kind.bits, kind.twice_zero, str(kind.zeros).lower(), f"qx::{_SCALES[kind.scale]}"),
+        *(kind.span, *astuple(tile)),
+    )
+    return f"qx::Matmul<{', '.join(map(str, values))}>"
+
+
+def text_of(instance: str, tile: Tile) -> str:
+    """The source of a kernel `matmul`."""
+    return (
+        f'#include "matmul.cuh"\nextern "C" __global__ __launch_bounds__({tile.threads}) void '
+        f"matmul(const __grid_constant__ qx::Problem problem) {{\n    {instance}::run(problem);\n}}\n"
+    )
+
+
+def compiled(text: str, architecture: str) -> bytes:
+    """The cubin of a text that includes kernels. Raises UnsupportedError without NVRTC."""
+    headers = {path.name: path.read_text() for path in _SOURCES.glob("*.cuh")}
+    return compile_cubin("kernel.cu", {**headers, "kernel.cu": text}, architecture)
+
+
+def chunks_of(kind: WeightKind, inputs: int) -> int:
+    return -(-inputs // chunk_inputs(kind.bits))
