@@ -106,51 +106,82 @@ struct Matmul {
         Scales scales[TILES], zeros[ZEROS ? TILES : 1];
     };
 
+    static constexpr int kRows = kBeside / 8;  // of a step, that are copied at a time
+    static constexpr int kCopies = (kTokens + kRows - 1) / kRows;
+
     const Problem& p;
     const int lane, warp_n, warp_k, first_token, tile;
-    const u32 ring;
     const unsigned long long policy;
+    // Where the next copy and the next load begin, and what is left of each.
+    const u32 ring, place;
+    const unsigned short* source;
+    int input, inputs, rows, filled = 0, used = 0;
+    const Words4* weights[TILES];
+    const Scales *scales, *zeros;
     u32 tokens[COLUMNS][4];  // of two fragments
     float total[TILES][COLUMNS][4] = {}, part[TILES][COLUMNS][4] = {}, sum[COLUMNS][4] = {};
 
     QX_FN Matmul(const Problem& problem)
         : p(problem),
           lane(thread() % 32),
-          warp_n(thread() / 32 % WARPS_N),
-          warp_k(thread() / 32 / WARPS_N),
+          warp_n(uniform(thread() / 32) % WARPS_N),
+          warp_k(uniform(thread() / 32) / WARPS_N),
           first_token(block_y() * kTokens),
           tile((block_x() * WARPS_N + warp_n) * TILES),
+          policy(read_once()),
           ring(shared_address() + warp_k * STAGES * kStage),
-          policy(read_once()) {}
+          place(thread() % kBeside / 8 * 128 + ((thread() ^ thread() % kBeside / 8) % 8 << 4)) {}
 
-    QX_FN void load(Chunk& to, int chunk) const {
+    // From chunk `begin` on, to chunk `end`.
+    QX_FN void aim(int begin, int end) {
+        const int row = thread() % kBeside / 8;
+        input = begin * kChunk + thread() % 8 * 8;
+        inputs = p.K < end * kChunk ? p.K : end * kChunk;
+        rows = p.M - first_token - row;
+        source = p.x + (long)(first_token + row) * p.stride_x + input;
+        QX_UNROLL for (int i = 0; i < TILES; ++i)
+            weights[i] = p.weights + chunk_of(i, begin) * kLoads * 32 + lane;
+        scales = (const Scales*)p.scales + chunk_of(0, begin) * 8 + lane / 4;
+        zeros = (const Scales*)p.zeros + chunk_of(0, begin) * 8 + lane / 4;
+    }
+
+    // A tile beyond the last reads the last one once more; what comes of it is not written.
+    QX_FN int tile_at(int i) const { return tile + i < p.tiles ? tile + i : p.tiles - 1; }
+
+    QX_FN long chunk_of(int i, int chunk) const { return (long)tile_at(i) * p.chunks + chunk; }
+
+    QX_FN void load(Chunk& to) {
         QX_UNROLL for (int i = 0; i < TILES; ++i) {
-            if (tile + i >= p.tiles) continue;
-            const long at = (long)(tile + i) * p.chunks + chunk;
             QX_UNROLL for (int j = 0; j < kLoads; ++j)
-                to.words[i][j] = load_stream(p.weights + (at * kLoads + j) * 32 + lane, policy);
-            if constexpr (SPAN != 0) load_scales(to, i, at);
+                to.words[i][j] = load_stream(weights[i] + j * 32, policy);
+            weights[i] += kLoads * 32;
+        }
+        if constexpr (SPAN != 0) {
+            QX_UNROLL for (int i = 0; i < TILES; ++i) load_scales(to, i, p.chunks);
+            scales += 8;
+            zeros += 8;
         }
     }
 
-    QX_FN void load_scales(Chunk& to, int i, long at) const {
-        to.scales[i] = ((const Scales*)p.scales)[at * 8 + lane / 4];
-        if constexpr (ZEROS) to.zeros[i] = ((const Scales*)p.zeros)[at * 8 + lane / 4];
+    // Tile i's, which lie `apart` rows of 8 lanes from one tile to the next.
+    QX_FN void load_scales(Chunk& to, int i, int apart) const {
+        const int at = (tile_at(i) - tile_at(0)) * apart * 8;
+        to.scales[i] = scales[at];
+        if constexpr (ZEROS) to.zeros[i] = zeros[at];
     }
 
-    // Tokens of a step into its place in the ring: rows of 128 bytes, their eighths exchanged so
-    // that the same eighth of eight rows lies in all banks (the 128-byte swizzle of wgmma, too).
-    QX_FN void copy_step(int step, int end) const {
-        const int in_group = thread() % kBeside, eighth = in_group % 8;
-        const int input = step * kStep + eighth * 8;
-        const u32 stage = ring + step % STAGES * kStage;
-        for (int row = in_group / 8; row < kTokens; row += kBeside / 8) {
-            const int token = first_token + row;
-            const bool there = token < p.M && input < p.K && step < end;
-            const unsigned short* from = there ? p.x + (long)token * p.stride_x + input : p.x;
-            copy_async(stage + row * 128 + ((eighth ^ (row & 7)) << 4), from, there);
-        }
+    // Tokens of the next step into the ring: rows of 128 bytes, their eighths exchanged so that the
+    // same eighth of eight rows lies in all banks (the 128-byte swizzle of wgmma, too).
+    QX_FN void copy_step() {
+        const bool there = input < inputs;
+        QX_UNROLL for (int i = 0; i < kCopies; ++i)
+            if (kTokens % kRows == 0 || i * kRows + thread() % kBeside / 8 < kTokens)
+                copy_async(ring + filled + i * kRows * 128 + (place ^ i * kRows % 8 << 4),
+                           source + (long)(i * kRows) * p.stride_x, there && i * kRows < rows);
         copies_commit();
+        input += kStep;
+        source += kStep;
+        filled = filled + kStage == STAGES * kStage ? 0 : filled + kStage;
     }
 
     // A group is complete: its scales meet its sums.
@@ -204,38 +235,37 @@ struct Matmul {
         });
     }
 
-    QX_FN void multiply(const Chunk& chunk, int at, int end) {
+    QX_FN void multiply(const Chunk& chunk) {
         repeat<kSteps>([&](auto s) {
-            const int step = at * kSteps + decltype(s)::value;
             copies_wait<STAGES - 2>();
             group_sync(warp_k, kBeside);  // all see the step, and none the one before it any more
-            copy_step(step + STAGES - 1, end * kSteps);
-            multiply_step<decltype(s)::value>(chunk, ring + step % STAGES * kStage);
+            copy_step();
+            multiply_step<decltype(s)::value>(chunk, ring + used);
+            used = used + kStage == STAGES * kStage ? 0 : used + kStage;
         });
     }
 
     QX_FN void multiply_all(int begin, int end) {
         Chunk chunks[AHEAD + 1];
+        aim(begin, end);
         repeat<AHEAD>([&](auto i) {
-            if (begin + decltype(i)::value < end)
-                load(chunks[decltype(i)::value], begin + decltype(i)::value);
+            if (begin + decltype(i)::value < end) load(chunks[decltype(i)::value]);
         });
-        for (int i = 0; i < STAGES - 1; ++i) copy_step(begin * kSteps + i, end * kSteps);
+        QX_UNROLL for (int i = 0; i < STAGES - 1; ++i) copy_step();
         for (int at = begin; at < end; at += AHEAD + 1)
             repeat<AHEAD + 1>([&](auto i) {
                 constexpr int here = decltype(i)::value;
-                if (at + here < end) {
-                    if (at + here + AHEAD < end)
-                        load(chunks[(here + AHEAD) % (AHEAD + 1)], at + here + AHEAD);
-                    multiply(chunks[here], at + here, end);
-                }
+                if (at + here >= end) return;
+                if (at + here + AHEAD < end) load(chunks[(here + AHEAD) % (AHEAD + 1)]);
+                multiply(chunks[here]);
             });
         copies_wait<0>();
         if constexpr (SPAN == 0) {
             Chunk chunk;
+            scales = (const Scales*)p.scales + tile_at(0) * 8 + lane / 4;
+            zeros = (const Scales*)p.zeros + tile_at(0) * 8 + lane / 4;
             QX_UNROLL for (int i = 0; i < TILES; ++i) {
-                if (tile + i >= p.tiles) continue;
-                load_scales(chunk, i, tile + i);
+                load_scales(chunk, i, 1);
                 settle_span(chunk, i, 0);
             }
         }

@@ -18,6 +18,9 @@ QX_FN int block_z() { return blockIdx.z; }
 QX_FN int blocks_x() { return gridDim.x; }
 QX_FN int blocks_z() { return gridDim.z; }
 
+// The same number in all lanes of a warp, which the compiler then knows.
+QX_FN int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
 extern __shared__ __align__(1024) unsigned char shared_bytes[];
 
 QX_FN unsigned char* shared_memory() { return shared_bytes; }

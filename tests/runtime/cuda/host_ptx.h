@@ -225,6 +225,7 @@ inline int block_y() { return host::machine->block[1]; }
 inline int block_z() { return host::machine->block[2]; }
 inline int blocks_x() { return host::machine->grid[0]; }
 inline int blocks_z() { return host::machine->grid[2]; }
+inline int uniform(int value) { return value; }
 inline unsigned char* shared_memory() { return host::machine->shared; }
 inline u32 shared_address() { return 0; }
 inline unsigned long long read_once() { return 0; }
