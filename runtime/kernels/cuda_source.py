@@ -57,6 +57,7 @@ class Tile:
     warps_n   beside each other along outputs; warps_k: that divide the inputs
     stages    steps of 64 inputs of tokens that the ring holds
     ahead     chunks of weights that are on their way
+    wgmma     sm_90a's instructions; warps_n is then a multiple of 4, columns 2, 4, 8 or 16
     """
 
     tiles: int
@@ -65,6 +66,7 @@ class Tile:
     warps_k: int
     stages: int
     ahead: int
+    wgmma: bool = False
 
     @property
     def outputs(self) -> int:
@@ -99,7 +101,7 @@ def matmul_instance(kind: WeightKind, tile: Tile, half: torch.dtype) -> str:
     values = (
         f"qx::{_HALVES[half]}",
         *(kind.bits, kind.twice_zero, str(kind.zeros).lower(), f"qx::{_SCALES[kind.scale]}"),
-        *(kind.span, *astuple(tile)),
+        *(kind.span, *astuple(tile)[:-1], str(tile.wgmma).lower()),
     )
     return f"qx::Matmul<{', '.join(map(str, values))}>"
 

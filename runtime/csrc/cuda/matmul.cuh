@@ -11,13 +11,10 @@
 // are added in their order, by the block that comes last: results do not change from run to run.
 #pragma once
 
-#include "ptx.cuh"
+#include "weights.cuh"
+#include "wgmma.cuh"
 
 namespace qx {
-
-// Loads of 16 bytes that make a chunk of a tile, and its inputs.
-constexpr int chunk_loads(int bits) { return bits == 3 ? 3 : bits == 4 ? 2 : 1; }
-constexpr int chunk_inputs(int bits) { return chunk_loads(bits) * 256 / bits; }
 
 struct Problem {
     const unsigned short* x;    // [M, K] at distances of stride_x, 16-byte aligned
@@ -31,59 +28,11 @@ struct Problem {
     int M, N, K, stride_x, tiles, chunks;
 };
 
-struct Half2Scale {
-    u32 bits;
-    QX_FN float low() const { return from_half((unsigned short)bits); }
-    QX_FN float high() const { return from_half((unsigned short)(bits >> 16)); }
-};
-
-struct Bfloat2Scale {
-    u32 bits;
-    QX_FN float low() const { return from_bits(bits << 16); }
-    QX_FN float high() const { return from_bits(bits & 0xffff0000u); }
-};
-
-struct Float2Scale {
-    float first, second;
-    QX_FN float low() const { return first; }
-    QX_FN float high() const { return second; }
-};
-
-template <class F>
-QX_FN unsigned short rounded(float value) {
-    if constexpr (F::mantissa == 10)
-        return to_half(value);
-    else
-        return to_bfloat16(value);
-}
-
-template <int VALUE>
-struct Number {
-    static constexpr int value = VALUE;
-};
-
-template <int COUNT, int AT = 0, class Body>
-QX_FN void repeat(const Body& body) {
-    if constexpr (AT < COUNT) {
-        body(Number<AT>{});
-        repeat<COUNT, AT + 1>(body);
-    }
-}
-
-// Fragment AT (16 inputs) of a step (64), whose words of this lane are at `words`.
-template <class F, int BITS, int TWICE_ZERO, int AT>
-QX_FN void decode_fragment(const u32* words, u32* a) {
-    constexpr int fragments = Words<BITS>::pairs / 4;  // that words decoded together hold
-    const u32* these = words + AT / fragments * Words<BITS>::count;
-    repeat<4>([&](auto r) {
-        constexpr int pair = AT % fragments * 4 + decltype(r)::value;
-        a[decltype(r)::value] = decode_pair<F, BITS, TWICE_ZERO, pair>(these);
-    });
-}
-
 // SPAN inputs share a scale; 0 where all inputs do. ZEROS: groups have zero points of their own.
+// WGMMA: four warps beside each other multiply together, while they take the next step apart.
 template <class F, int BITS, int TWICE_ZERO, bool ZEROS, class SCALE, int SPAN, int TILES,
-          int COLUMNS, int WARPS_N, int WARPS_K, int STAGES, int AHEAD>
+          int COLUMNS, int WARPS_N, int WARPS_K, int STAGES, int AHEAD,
+          bool WGMMA>
 struct Matmul {
     static constexpr int kLoads = chunk_loads(BITS), kChunk = chunk_inputs(BITS);
     static constexpr int kStep = 64, kSteps = kChunk / kStep;
@@ -95,7 +44,8 @@ struct Matmul {
     static constexpr int kRing = WARPS_K * STAGES * kStage;
     static constexpr int kSums = WARPS_K * kTokens * kRow * 4;
     static constexpr int kShared = kRing > kSums ? kRing : kSums;
-    static_assert(STAGES >= 2 && AHEAD >= 1, "");
+    static constexpr int kBehind = WGMMA ? 2 : 1;  // steps that are still read when one begins
+    static_assert(STAGES > kBehind && AHEAD >= 1 && (!WGMMA || WARPS_N % 4 == 0), "");
 
     static constexpr int kScales = kSpans * (int)sizeof(SCALE);
     struct alignas(kScales < 16 ? kScales : 16) Scales {
@@ -118,7 +68,9 @@ struct Matmul {
     int input, inputs, rows, filled = 0, used = 0;
     const Words4* weights[TILES];
     const Scales *scales, *zeros;
-    u32 tokens[COLUMNS][4];  // of two fragments
+    u32 tokens[COLUMNS][4];  // of two fragments, for mma
+    const u32 ones[4] = {both<F>(65536), both<F>(65536), both<F>(65536), both<F>(65536)};
+    u32 taken[2][TILES][16];  // steps taken apart, for wgmma
     float total[TILES][COLUMNS][4] = {}, part[TILES][COLUMNS][4] = {}, sum[COLUMNS][4] = {};
 
     QX_FN Matmul(const Problem& problem)
@@ -185,26 +137,46 @@ struct Matmul {
     }
 
     // A group is complete: its scales meet its sums.
-    QX_FN void settle_span(const Chunk& chunk, int i, int j) {
-        const float low = chunk.scales[i].of[j].low(), high = chunk.scales[i].of[j].high();
-        QX_UNROLL for (int n = 0; n < COLUMNS; ++n)
-            QX_UNROLL for (int r = 0; r < 4; ++r) {
-                float value = part[i][n][r];
-                if constexpr (ZEROS) {
-                    const SCALE zero = chunk.zeros[i].of[j];
-                    value -= (r < 2 ? zero.low() : zero.high()) * sum[n][r % 2];
+    QX_FN void settle_span(const Chunk& chunk, int j) {
+        if constexpr (WGMMA) wgmma_wait<0>();
+        QX_UNROLL for (int i = 0; i < TILES; ++i) {
+            const float low = chunk.scales[i].of[j].low(), high = chunk.scales[i].of[j].high();
+            QX_UNROLL for (int n = 0; n < COLUMNS; ++n)
+                QX_UNROLL for (int r = 0; r < 4; ++r) {
+                    float value = part[i][n][r];
+                    if constexpr (ZEROS) {
+                        const SCALE zero = chunk.zeros[i].of[j];
+                        value -= (r < 2 ? zero.low() : zero.high()) * sum[n][r % 2];
+                    }
+                    total[i][n][r] += (r < 2 ? low : high) * value;
                 }
-                total[i][n][r] += (r < 2 ? low : high) * value;
-                part[i][n][r] = 0.0f;
-            }
+        }
+    }
+
+    // Whether fragment AT of a step is a group's first: sums begin anew.
+    template <int STEP, int AT>
+    static constexpr bool begins() {
+        return SPAN != 0 && (STEP * 4 + AT) * 16 % (SPAN ? SPAN : 1) == 0;
+    }
+
+    // Ends the group that ends with fragment AT of a step, if one does.
+    template <int STEP, int AT>
+    QX_FN void settle(const Chunk& chunk) {
+        constexpr int done = (STEP * 4 + AT + 1) * 16;
+        if constexpr (SPAN != 0)
+            if constexpr (done % SPAN == 0) settle_span(chunk, done / SPAN - 1);
+    }
+
+    template <int STEP>
+    QX_FN void words_of(const Chunk& chunk, int i, u32* words) const {
+        QX_UNROLL for (int j = 0; j < BITS; ++j)
+            words[j] = chunk.words[i][(STEP * BITS + j) / 4].word[(STEP * BITS + j) % 4];
     }
 
     template <int STEP>
     QX_FN void multiply_step(const Chunk& chunk, u32 stage) {
         u32 words[TILES][BITS];
-        QX_UNROLL for (int i = 0; i < TILES; ++i)
-            QX_UNROLL for (int j = 0; j < BITS; ++j)
-                words[i][j] = chunk.words[i][(STEP * BITS + j) / 4].word[(STEP * BITS + j) % 4];
+        QX_UNROLL for (int i = 0; i < TILES; ++i) words_of<STEP>(chunk, i, words[i]);
         const u32 row = stage + lane % 8 * 128;
         repeat<4>([&](auto f) {
             constexpr int at = decltype(f)::value;
@@ -212,35 +184,70 @@ struct Matmul {
                 QX_UNROLL for (int n = 0; n < COLUMNS; ++n)
                     load_matrices(tokens[n],
                                   row + n * 1024 + (((lane / 8 + at * 2) ^ (lane % 8)) << 4));
-            if constexpr (ZEROS) {
-                const u32 ones[4] = {both<F>(65536), both<F>(65536), both<F>(65536), both<F>(65536)};
+            constexpr bool add = !begins<STEP, at>();
+            if constexpr (ZEROS)
                 QX_UNROLL for (int n = 0; n < COLUMNS; ++n)
-                    mma<F>(sum[n], ones, tokens[n] + at % 2 * 2, sum[n]);
-            }
+                    add_product<add>(sum[n], ones, tokens[n] + at % 2 * 2);
             QX_UNROLL for (int i = 0; i < TILES; ++i) {
                 u32 a[4];
                 decode_fragment<F, BITS, TWICE_ZERO, at>(words[i], a);
                 QX_UNROLL for (int n = 0; n < COLUMNS; ++n)
-                    mma<F>(part[i][n], a, tokens[n] + at % 2 * 2, part[i][n]);
+                    add_product<add>(part[i][n], a, tokens[n] + at % 2 * 2);
             }
-            constexpr int done = (STEP * 4 + at + 1) * 16;
-            if constexpr (SPAN != 0)
-                if constexpr (done % SPAN == 0) {
-                    QX_UNROLL for (int i = 0; i < TILES; ++i)
-                        settle_span(chunk, i, done / SPAN - 1);
-                    if constexpr (ZEROS)
-                        QX_UNROLL for (int n = 0; n < COLUMNS; ++n)
-                            QX_UNROLL for (int r = 0; r < 4; ++r) sum[n][r] = 0.0f;
-                }
+            settle<STEP, at>(chunk);
+        });
+    }
+
+    template <bool ADD>
+    QX_FN void add_product(float* d, const u32* a, const u32* b) const {
+        const float none[4] = {};
+        mma<F>(d, a, b, ADD ? d : none);
+    }
+
+    // A step is taken apart while the tensor cores are at the one before.
+    template <int STEP>
+    QX_FN void take_apart(const Chunk& chunk) {
+        QX_UNROLL for (int i = 0; i < TILES; ++i) {
+            u32 words[BITS];
+            words_of<STEP>(chunk, i, words);
+            repeat<4>([&](auto f) {
+                constexpr int at = decltype(f)::value;
+                decode_fragment<F, BITS, TWICE_ZERO, at>(words, taken[STEP % 2][i] + at * 4);
+            });
+        }
+    }
+
+    template <int STEP>
+    QX_FN void multiply_taken(const Chunk& chunk, u32 stage) {
+        repeat<4>([&](auto f) {
+            constexpr int at = decltype(f)::value;
+            constexpr bool add = !begins<STEP, at>(), ends = at == 3 || begins<STEP, at + 1>();
+            if constexpr (at == 0 || !add) wgmma_begin();
+            const u32 inputs_at = stage + at * 32;
+            if constexpr (ZEROS) wgmma<F, COLUMNS>(sum[0], ones, inputs_at, add);
+            QX_UNROLL for (int i = 0; i < TILES; ++i)
+                wgmma<F, COLUMNS>(part[i][0], taken[STEP % 2][i] + at * 4, inputs_at, add);
+            if constexpr (ends) wgmma_commit();
+            settle<STEP, at>(chunk);
         });
     }
 
     QX_FN void multiply(const Chunk& chunk) {
         repeat<kSteps>([&](auto s) {
-            copies_wait<STAGES - 2>();
-            group_sync(warp_k, kBeside);  // all see the step, and none the one before it any more
+            constexpr int step = decltype(s)::value;
+            if constexpr (WGMMA) {
+                wgmma_wait<1>();
+                take_apart<step>(chunk);
+            }
+            copies_wait<STAGES - kBehind - 1>();
+            if constexpr (WGMMA) wgmma_publish();
+            // all see this step, and none reads any more the one whose place the next copy takes
+            group_sync(warp_k, kBeside);
             copy_step();
-            multiply_step<decltype(s)::value>(chunk, ring + used);
+            if constexpr (WGMMA)
+                multiply_taken<step>(chunk, ring + used);
+            else
+                multiply_step<step>(chunk, ring + used);
             used = used + kStage == STAGES * kStage ? 0 : used + kStage;
         });
     }
@@ -251,7 +258,7 @@ struct Matmul {
         repeat<AHEAD>([&](auto i) {
             if (begin + decltype(i)::value < end) load(chunks[decltype(i)::value]);
         });
-        QX_UNROLL for (int i = 0; i < STAGES - 1; ++i) copy_step();
+        QX_UNROLL for (int i = 0; i < STAGES - kBehind; ++i) copy_step();
         for (int at = begin; at < end; at += AHEAD + 1)
             repeat<AHEAD + 1>([&](auto i) {
                 constexpr int here = decltype(i)::value;
@@ -260,14 +267,13 @@ struct Matmul {
                 multiply(chunks[here]);
             });
         copies_wait<0>();
+        if constexpr (WGMMA) wgmma_wait<0>();
         if constexpr (SPAN == 0) {
             Chunk chunk;
             scales = (const Scales*)p.scales + tile_at(0) * 8 + lane / 4;
             zeros = (const Scales*)p.zeros + tile_at(0) * 8 + lane / 4;
-            QX_UNROLL for (int i = 0; i < TILES; ++i) {
-                load_scales(chunk, i, 1);
-                settle_span(chunk, i, 0);
-            }
+            QX_UNROLL for (int i = 0; i < TILES; ++i) load_scales(chunk, i, 1);
+            settle_span(chunk, 0);
         }
     }
 

@@ -57,10 +57,12 @@ QX_FN void copies_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+QX_FN void warp_sync() { __syncwarp(); }
+
 // All of `threads` consecutive threads, a multiple of 32; `id` tells such groups apart.
 QX_FN void group_sync(int id, int threads) {
     if (threads == 32)
-        asm volatile("bar.warp.sync 0xffffffff;" ::: "memory");
+        warp_sync();
     else
         asm volatile("bar.sync %0, %1;" ::"r"(id + 1), "r"(threads) : "memory");
 }

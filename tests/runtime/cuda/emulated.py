@@ -33,7 +33,11 @@ extern "C" const char* run_{index}(const {problem}* problem, const int* grid, in
 
 
 def compile_host(
-    folder: Path, header: str, problem: str, instances: Sequence[str]
+    folder: Path,
+    header: str,
+    problem: str,
+    instances: Sequence[str],
+    sources: Path = SOURCES,
 ) -> ctypes.CDLL:
     """A library with a function `run_{i}` for each instance of a kernel."""
     assert COMPILER is not None
@@ -43,10 +47,8 @@ def compile_host(
     )
     source, library = folder / "kernels.cpp", folder / "kernels.so"
     source.write_text(text)
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", f"-I{SOURCES}"]
-    subprocess.run(
-        [COMPILER, *flags, f"-I{HERE}", str(source), "-o", str(library)], check=True
-    )
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", f"-I{sources}"]
+    subprocess.run([COMPILER, *flags, f"-I{HERE}", str(source), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
 
 

@@ -45,6 +45,10 @@ struct Fiber {
     bool done = false;
     std::vector<Copy> open;
     std::deque<std::vector<Copy>> groups;
+    std::vector<u32> unpublished;  // where it copied to
+    unsigned products = 0;
+    std::vector<std::function<void()>> issued;
+    std::deque<std::vector<std::function<void()>>> in_flight;
 };
 
 struct Machine {
@@ -59,6 +63,7 @@ struct Machine {
     std::vector<std::pair<const char*, const char*>> ranges;
     std::function<void()> kernel;
     std::mt19937 random;
+    unsigned seed = 0;
     const char* failed = nullptr;
 };
 
@@ -99,6 +104,7 @@ inline void check(const void* from, size_t size) {
 }
 
 inline void perform(const Copy& copy) {
+    fiber().unpublished.push_back(copy.to);
     if (copy.there) {
         check(copy.from, 16);
         std::memcpy(machine->shared + copy.to, copy.from, 16);
@@ -141,17 +147,21 @@ inline void run_block() {
     }
     std::vector<int> order(m.threads);
     for (int i = 0; i < m.threads; ++i) order[i] = i;
+    bool stuck = false;
     for (int left = m.threads; left;) {
         const long before = m.progress;
         std::shuffle(order.begin(), order.end(), m.random);
+        // some warps stand still for a while, unless nothing moved without them
+        const unsigned asleep = stuck || m.random() % 4 == 0 ? 0 : m.random() & m.random();
         for (int i : order) {
-            if (m.fibers[i].done) continue;
+            if (m.fibers[i].done || asleep >> i / 32 & 1) continue;
             m.current = i;
             swapcontext(&m.home, &m.fibers[i].context);
             left -= m.fibers[i].done;
             if (m.failed) return;
         }
-        if (m.progress == before) m.failed = "threads wait at different barriers";
+        if (m.progress == before && stuck) m.failed = "threads wait at different barriers";
+        stuck = m.progress == before;
         if (m.failed) return;
     }
 }
@@ -163,6 +173,7 @@ inline const char* launch(int x, int y, int z, int threads, int shared, unsigned
     Machine m;
     machine = &m;
     m.random.seed(seed);
+    m.seed = seed;
     m.threads = threads;
     m.ranges = std::move(ranges);
     m.kernel = std::move(kernel);
@@ -258,9 +269,11 @@ void copies_wait() {
     }
 }
 
+inline void warp_sync() { host::warp_wait(); }
+
 inline void group_sync(int id, int threads) {
     if (threads == 32)
-        host::warp_wait();
+        warp_sync();
     else
         host::wait(id + 1, threads);
 }
@@ -312,5 +325,69 @@ inline float from_bits(u32 bits) {
 inline u32 arrive(u32* counter) { return (*counter)++; }
 inline void fence() {}
 inline float load_fresh(const float* from) { return *from; }
+
+// wgmma: operands are read and results written, as a coin falls, when it is issued or not before
+// it is waited for. Copies into shared memory have to be published before.
+namespace host {
+
+template <class F, int COLUMNS>
+void multiply_warp(float* d, const u32* a, u32 address, bool add) {
+    struct Operand {
+        u32 a[4];
+    } mine;
+    std::memcpy(mine.a, a, 16);
+    const auto all = all_lanes(mine);
+    const int lane = thread() % 32;
+    if (lane == 0)
+        for (const Fiber& each : machine->fibers)
+            for (u32 at : each.unpublished)
+                if (at - (address & ~1023u) < COLUMNS * 1024u) fail("a copy is not published");
+    for (int n = 0; n < COLUMNS; ++n)
+        for (int r = 0; r < 4; ++r) {
+            const int row = lane / 4 + 8 * (r / 2), token = n * 8 + lane % 4 * 2 + r % 2;
+            double sum = 0;
+            for (int k = 0; k < 16; ++k) {
+                const u32 weight = all[row % 8 * 4 + k % 8 / 2].a[row / 8 + 2 * (k / 8)];
+                const u32 plain = address + token * 128 + k * 2;
+                const u32 swizzled = plain ^ (plain >> 7 & 7) << 4;
+                u32 pair = 0;
+                std::memcpy(&pair, machine->shared + swizzled, 2);
+                sum += (double)half_of<F>(weight, k % 2) * half_of<F>(pair, 0);
+            }
+            float& to = d[n * 4 + r];
+            to = (add ? to : 0.0f) + (float)sum;
+        }
+}
+
+}  // namespace host
+
+inline void wgmma_publish() { host::fiber().unpublished.clear(); }
+inline void wgmma_begin() {}
+
+template <class F, int COLUMNS>
+void wgmma(float* d, const u32* a, u32 address, bool add) {
+    host::Fiber& fiber = host::fiber();
+    const unsigned coin = (fiber.products++ * 2654435761u + host::machine->seed * 40503u) >> 16;
+    const auto run = [=] { host::multiply_warp<F, COLUMNS>(d, a, address, add); };
+    if ((coin & 1) && fiber.issued.empty() && fiber.in_flight.empty())
+        run();
+    else
+        fiber.issued.push_back(run);
+}
+
+inline void wgmma_commit() {
+    host::Fiber& fiber = host::fiber();
+    fiber.in_flight.push_back(std::move(fiber.issued));
+    fiber.issued.clear();
+}
+
+template <int PENDING>
+void wgmma_wait() {
+    auto& groups = host::fiber().in_flight;
+    while (groups.size() > PENDING) {
+        for (const auto& run : groups.front()) run();
+        groups.pop_front();
+    }
+}
 
 }  // namespace qx

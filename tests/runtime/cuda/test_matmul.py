@@ -14,12 +14,14 @@ from qexport.runtime.kernels.cuda_launch import MatmulProblem
 from qexport.runtime.kernels.cuda_layout import pack_codes, pack_scales
 from qexport.runtime.kernels.cuda_source import Tile, WeightKind, chunks_of, matmul_instance
 from qexport.tensor import QuantizedTensor
-from tests.runtime.cuda.emulated import COMPILER, compile_host, launch
+from tests.runtime.cuda.emulated import COMPILER, SOURCES, compile_host, launch
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here")
 FEW = Tile(tiles=2, columns=1, warps_n=1, warps_k=2, stages=3, ahead=1)
 WIDE = Tile(tiles=1, columns=2, warps_n=2, warps_k=2, stages=4, ahead=2)
 MANY = Tile(tiles=2, columns=3, warps_n=2, warps_k=1, stages=2, ahead=1)
+WARPGROUP = Tile(tiles=1, columns=4, warps_n=4, warps_k=2, stages=4, ahead=1, wgmma=True)
+TALL = Tile(tiles=2, columns=2, warps_n=4, warps_k=1, stages=3, ahead=1, wgmma=True)
 HALVES = (torch.float16, torch.bfloat16)
 # grid, group, dtype of scales, tile, dtype of activations
 Case = tuple[str, int | None, torch.dtype, Tile, torch.dtype]
@@ -34,6 +36,10 @@ CASES: list[Case] = [
             *((grid, 256, FEW) for grid in ("int2", "uint3", "int4")),
             *((grid, 96, WIDE) for grid in ("int2", "uint3", "int4")),
             *((grid, 16, FEW) for grid in ("binary", "uint2", "int3")),
+            *((grid, 128, WARPGROUP) for grid in ("binary", "seq2", "int3", "int4", "uint3")),
+            *((grid, 32, TALL) for grid in ("ternary", "seq2", "uint4")),
+            *((grid, None, TALL) for grid in ("seq2", "int3", "uint2")),
+            *((grid, 96, WARPGROUP) for grid in ("int2", "uint3")),
         ]
     )
 ]
@@ -48,9 +54,7 @@ def random_weight(case: Case, shape: tuple[int, int]) -> QuantizedTensor:
     scales = (torch.rand(groups, generator=generator) * 0.1 + 0.01).to(dtype)
     zeros = None
     if not scheme.symmetric:
-        zeros = torch.randint(
-            0, scheme.grid.levels, groups, dtype=torch.uint8, generator=generator
-        )
+        zeros = torch.randint(0, scheme.grid.levels, groups, dtype=torch.uint8, generator=generator)
     return QuantizedTensor(codes, scales, scheme, zeros)
 
 
@@ -60,9 +64,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         matmul_instance(WeightKind.of(Scheme(GRIDS[grid], group, dtype)), tile, half)
         for grid, group, dtype, tile, half in CASES
     ]
-    return compile_host(
-        tmp_path_factory.mktemp("matmul"), "matmul.cuh", "qx::Problem", instances
-    )
+    return compile_host(tmp_path_factory.mktemp("matmul"), "matmul.cuh", "qx::Problem", instances)
 
 
 def multiply(
@@ -74,6 +76,7 @@ def multiply(
     bias: Tensor | None = None,
     splits: int = 1,
     seed: int = 0,
+    index: int | None = None,
 ) -> Tensor:
     tile = case[3]
     kind = WeightKind.of(weight.scheme)
@@ -99,7 +102,7 @@ def multiply(
         arrived.data_ptr(),
         *(tokens, outputs, inputs, x.stride(0), len(words), chunks_of(kind, inputs)),
     )
-    at = CASES.index(case)
+    at = CASES.index(case) if index is None else index
     launch(kernels, at, problem, grid, tile.threads, tile.shared, seed, (x, words))
     assert not arrived.any(), "the next call would find a count"
     return out
@@ -131,7 +134,7 @@ def test_products(kernels: ctypes.CDLL, case: Case) -> None:
         check(multiply(kernels, case, x, weight), x, weight)
 
 
-@pytest.mark.parametrize("case", CASES[:12:5], ids=lambda c: f"{c[0]}-{c[1]}")
+@pytest.mark.parametrize("case", CASES[1::6], ids=lambda c: f"{c[0]}-{c[1]}")
 def test_splits_with_a_bias_in_any_order(kernels: ctypes.CDLL, case: Case) -> None:
     weight = random_weight(case, (40, case[1] * -(-1024 // case[1]) if case[1] else 1024))
     generator = torch.Generator().manual_seed(2)
@@ -155,21 +158,30 @@ def test_tokens_beyond_the_last_are_not_read(kernels: ctypes.CDLL) -> None:
     check(multiply(kernels, case, x[:3, :96], weight), x[:3, :96], weight)
 
 
-def test_the_emulator_sees_a_missing_wait(tmp_path: Path) -> None:
-    """Without the wait for copies, results are wrong: what is emulated can fail."""
-    from tests.runtime.cuda.emulated import SOURCES
-
-    text = (SOURCES / "matmul.cuh").read_text()
-    assert "copies_wait<STAGES - 2>();" in text
-    for name in ("decode.cuh", "ptx.cuh"):
-        (tmp_path / name).write_text((SOURCES / name).read_text())
-    (tmp_path / "matmul.cuh").write_text(text.replace("copies_wait<STAGES - 2>();", ""))
-    case = CASES[2]
-    instance = matmul_instance(WeightKind.of(Scheme(GRIDS[case[0]], 32, case[2])), *case[3:])
+@pytest.mark.parametrize(
+    ("line", "tile", "group"),
+    [
+        ("copies_wait<STAGES - kBehind - 1>();", FEW, 128),
+        ("group_sync(warp_k, kBeside);", MANY, 128),
+        ("if constexpr (WGMMA) wgmma_publish();", WARPGROUP, 128),
+        ("wgmma_wait<1>();", WARPGROUP, None),
+        ("if constexpr (WGMMA) wgmma_wait<0>();", WARPGROUP, 128),
+    ],
+)
+def test_the_emulator_sees_what_is_missing(
+    line: str, tile: Tile, group: int | None, tmp_path: Path
+) -> None:
+    """Without one of its waits a kernel fails here: the tests above can."""
+    for path in SOURCES.glob("*.cuh"):
+        text = path.read_text()
+        assert path.name != "matmul.cuh" or line in text
+        (tmp_path / path.name).write_text(text.replace(line, ""))
+    case = ("seq2", group, torch.float16, tile, torch.float16)
+    instance = matmul_instance(WeightKind.of(Scheme(GRIDS["seq2"], group)), tile, case[4])
     folder = tmp_path / "build"
     folder.mkdir()
-    broken = compile_host(folder, str(tmp_path / "matmul.cuh"), "qx::Problem", [instance] * 3)
-    weight = random_weight(case, (24, 512))
-    x = torch.randn(3, 512).to(case[4])
+    broken = compile_host(folder, "matmul.cuh", "qx::Problem", [instance], tmp_path)
+    weight = random_weight(case, (24, 1024))
+    x = torch.randn(19, 1024, generator=torch.Generator().manual_seed(3)).to(case[4])
     with pytest.raises(AssertionError):
-        check(multiply(broken, case, x, weight), x, weight)
+        check(multiply(broken, case, x, weight, index=0), x, weight)
