@@ -38,7 +38,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     codes = _padded(codes, bits)
     out, inputs = codes.shape
     # a few tiles at a time: in between, codes take eight bytes each
-    return torch.cat([_pack_tiles(part, bits) for part in codes.split(4096)]).view(
+    return torch.cat([_pack_tiles(part, bits) for part in torch.split(codes, 4096)]).view(
         out // _SIDE, inputs // chunk_inputs(bits), _LOADS[bits], _LANES, 4
     )
 

@@ -5,15 +5,25 @@ compiles it when it is first wanted.
 """
 
 from dataclasses import astuple, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from qexport.grid import Scheme
-from qexport.runtime.kernels.cuda_layout import chunk_inputs, span_inputs
+from qexport.runtime.kernels.cuda_layout import span_inputs
 from qexport.runtime.kernels.nvrtc import compile_cubin
 
-__all__ = ["Tile", "WeightKind", "compiled", "default_tile", "matmul_instance", "text_of"]
+__all__ = [
+    "DENSE_CHUNKS",
+    "DENSE_SHARED",
+    "Tile",
+    "WeightKind",
+    "compiled",
+    "dense_instance",
+    "matmul_instance",
+    "text_of",
+]
 
 _SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 _SCALES = {
@@ -23,6 +33,9 @@ _SCALES = {
 }
 _HALVES = {torch.float16: "Half", torch.bfloat16: "Bfloat16"}
 _STEP = 64
+
+DENSE_CHUNKS = 4  # that a block of Dequantize takes, a warp each
+DENSE_SHARED = DENSE_CHUNKS * 16 * (_STEP + 8) * 2
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,12 @@ class WeightKind:
         twice_zero = 0 if grid.zero is None else int(2 * grid.zero)
         span = span_inputs(scheme.group_size, grid.bits)
         return cls(grid.bits, twice_zero, grid.zero is None, span, scheme.scale_dtype)
+
+    def arguments(self, half: torch.dtype) -> str:
+        """The first arguments of every kernel's template."""
+        scale = f"qx::{_SCALES[self.scale]}"
+        zeros = str(self.zeros).lower()
+        return f"qx::{_HALVES[half]}, {self.bits}, {self.twice_zero}, {zeros}, {scale}, {self.span}"
 
 
 @dataclass(frozen=True)
@@ -87,38 +106,32 @@ class Tile:
         return self.warps_k * max(ring, self.tokens * (self.outputs + 4) * 4)
 
 
-def default_tile(bits: int, tokens: int) -> Tile:
-    """For what no measurement says otherwise: up to 16 tokens read weights as a stream."""
-    if tokens <= 16:
-        return Tile(2 if bits >= 3 else 4, 1 if tokens <= 8 else 2, 1, 8, 4, 1)
-    if tokens <= 32:
-        return Tile(2, -(-tokens // 8), 2, 4, 4, 1)
-    return Tile(2, min(8, -(-tokens // 8)), 4, 2, 4, 1)
-
-
 def matmul_instance(kind: WeightKind, tile: Tile, half: torch.dtype) -> str:
-    """The C++ type of one matmul kernel."""
-    values = (
-        f"qx::{_HALVES[half]}",
-        *(kind.bits, kind.twice_zero, str(kind.zeros).lower(), f"qx::{_SCALES[kind.scale]}"),
-        *(kind.span, *astuple(tile)[:-1], str(tile.wgmma).lower()),
-    )
-    return f"qx::Matmul<{', '.join(map(str, values))}>"
+    """The C++ type of a matmul kernel for activations of dtype `half`."""
+    numbers = ", ".join(map(str, astuple(tile)[:-1]))
+    return f"qx::Matmul<{kind.arguments(half)}, {numbers}, {str(tile.wgmma).lower()}>"
 
 
-def text_of(instance: str, tile: Tile) -> str:
-    """The source of a kernel `matmul`."""
+def dense_instance(kind: WeightKind, half: torch.dtype) -> str:
+    """The C++ type of the kernel that makes a dense matrix of dtype `half`."""
+    return f"qx::Dequantize<{kind.arguments(half)}>"
+
+
+def text_of(header: str, problem: str, instance: str, threads: int) -> str:
+    """The source of a kernel `kernel` that runs one instance on a `problem`."""
     return (
-        f'#include "matmul.cuh"\nextern "C" __global__ __launch_bounds__({tile.threads}) void '
-        f"matmul(const __grid_constant__ qx::Problem problem) {{\n    {instance}::run(problem);\n}}\n"
+        f'#include "{header}"\n'
+        f'extern "C" __global__ __launch_bounds__({threads}) void\n'
+        f"kernel(const __grid_constant__ {problem} problem) {{\n"
+        f"    {instance}::run(problem);\n}}\n"
     )
 
 
 def compiled(text: str, architecture: str) -> bytes:
     """The cubin of a text that includes kernels. Raises UnsupportedError without NVRTC."""
-    headers = {path.name: path.read_text() for path in _SOURCES.glob("*.cuh")}
-    return compile_cubin("kernel.cu", {**headers, "kernel.cu": text}, architecture)
+    return compile_cubin("kernel.cu", {**_headers(), "kernel.cu": text}, architecture)
 
 
-def chunks_of(kind: WeightKind, inputs: int) -> int:
-    return -(-inputs // chunk_inputs(kind.bits))
+@lru_cache(maxsize=1)
+def _headers() -> dict[str, str]:
+    return {path.name: path.read_text() for path in _SOURCES.glob("*.cuh")}

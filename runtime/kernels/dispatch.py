@@ -8,6 +8,7 @@ from qexport.errors import InputError, UnsupportedError
 from qexport.grid import Scheme
 from qexport.runtime.kernels.base import Kernel
 from qexport.runtime.kernels.cpu import CpuKernel
+from qexport.runtime.kernels.cuda import CudaKernel
 from qexport.runtime.kernels.reference import ReferenceKernel
 from qexport.runtime.kernels.triton import TritonKernel
 
@@ -16,7 +17,13 @@ __all__ = ["KERNELS", "Choice", "choose"]
 # In order of speed. One that is slower than another everywhere is taken only where it is named.
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
-    for kernel in (CpuKernel(), CpuKernel(exact=True), TritonKernel(), ReferenceKernel())
+    for kernel in (
+        CpuKernel(),
+        CpuKernel(exact=True),
+        CudaKernel(),
+        TritonKernel(),
+        ReferenceKernel(),
+    )
 }
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from ctypes import c_int, c_void_p
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 HERE = Path(__file__).parent
@@ -24,10 +23,10 @@ static std::vector<std::pair<const char*, const char*>> ranges_of(long count, vo
 }}
 """
 _ENTRY = """
-extern "C" const char* run_{index}(const {problem}* problem, const int* grid, int threads, int shared,
-                           unsigned seed, long count, void** ranges) {{
-    return qx::host::launch(grid[0], grid[1], grid[2], threads, shared, seed, ranges_of(count, ranges),
-                            [=] {{ {instance}::run(*problem); }});
+extern "C" const char* run_{index}(const {problem}* problem, const int* grid, int threads,
+                                   int shared, unsigned seed, long count, void** ranges) {{
+    return qx::host::launch(grid[0], grid[1], grid[2], threads, shared, seed,
+                            ranges_of(count, ranges), [=] {{ {instance}::run(*problem); }});
 }}
 """
 
@@ -60,14 +59,18 @@ def launch(
     threads: int,
     shared: int,
     seed: int,
-    readable: Sequence[Tensor],
+    readable: Sequence[Tensor] | None,
 ) -> None:
-    """Run a kernel; it may read 16 bytes at a time of the tensors in `readable` alone."""
-    ends = [
-        address
-        for storage in (tensor.untyped_storage() for tensor in readable)
-        for address in (storage.data_ptr(), storage.data_ptr() + storage.nbytes())
-    ]
+    """Run a kernel; of what it reads 16 bytes at a time all must be in the tensors `readable`."""
+    ends = (
+        [0, -1]
+        if readable is None
+        else [
+            address
+            for storage in (tensor.untyped_storage() for tensor in readable)
+            for address in (storage.data_ptr(), storage.data_ptr() + storage.nbytes())
+        ]
+    )
     run = getattr(library, f"run_{index}")
     run.restype = ctypes.c_char_p
     failed = run(
@@ -76,7 +79,7 @@ def launch(
         threads,
         shared,
         seed,
-        ctypes.c_long(len(readable)),
+        ctypes.c_long(len(ends) // 2),
         (c_void_p * len(ends))(*ends),
     )
     assert failed is None, failed.decode()

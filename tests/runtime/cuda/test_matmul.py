@@ -1,4 +1,4 @@
-"""The matmul kernels of matmul.cuh, emulated: every grid, odd shapes, splits, any order of threads."""
+"""The kernels of matmul.cuh, emulated: every grid, odd shapes, splits, any order of threads."""
 
 import ctypes
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 from qexport.grid import GRIDS, Scheme
 from qexport.runtime.kernels.cuda_launch import MatmulProblem
 from qexport.runtime.kernels.cuda_layout import pack_codes, pack_scales
-from qexport.runtime.kernels.cuda_source import Tile, WeightKind, chunks_of, matmul_instance
+from qexport.runtime.kernels.cuda_source import Tile, WeightKind, matmul_instance
 from qexport.tensor import QuantizedTensor
 from tests.runtime.cuda.emulated import COMPILER, SOURCES, compile_host, launch
 
@@ -100,7 +100,7 @@ def multiply(
         out.data_ptr(),
         partial.data_ptr(),
         arrived.data_ptr(),
-        *(tokens, outputs, inputs, x.stride(0), len(words), chunks_of(kind, inputs)),
+        *(tokens, outputs, inputs, x.stride(0), *words.shape[:2]),
     )
     at = CASES.index(case) if index is None else index
     launch(kernels, at, problem, grid, tile.threads, tile.shared, seed, (x, words))

@@ -1,0 +1,72 @@
+"""The CUDA C++ kernels behind the protocol."""
+
+import torch
+from torch import Tensor
+
+from qexport.errors import UnsupportedError
+from qexport.grid import Scheme
+from qexport.runtime.kernels.base import Kernel, Linear
+from qexport.runtime.kernels.cuda_layout import pack_codes, pack_scales, span_inputs
+from qexport.runtime.kernels.cuda_matmul import COUNTERS, matmul
+from qexport.runtime.kernels.cuda_source import WeightKind
+from qexport.runtime.kernels.nvrtc import nvrtc_version
+from qexport.tensor import QuantizedTensor
+
+__all__ = ["CudaKernel"]
+
+_MOST_BITS = 4
+_OLDEST = (8, 0)
+
+
+class _CudaLinear(Linear):
+    def __init__(self, weight: QuantizedTensor, bias: Tensor | None) -> None:
+        self.out_features, self.in_features = weight.shape
+        kind = WeightKind.of(weight.scheme)
+        group = weight.scheme.group_size
+
+        def packed(values: Tensor) -> Tensor:
+            return pack_scales(values, self.in_features, group, kind.bits)
+
+        zeros = weight.zeros
+        self._packed = (
+            pack_codes(weight.codes, kind.bits),
+            packed(weight.scales),
+            None if zeros is None else packed(zeros.to(weight.scales.dtype)),
+            None if bias is None else bias.float().contiguous(),
+            torch.zeros(COUNTERS, dtype=torch.int32, device=weight.codes.device),
+        )
+        self._kind = (kind.bits, kind.twice_zero, kind.span)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        made: Tensor = matmul(x, *self._packed, self.out_features, *self._kind)
+        return made
+
+
+class CudaKernel(Kernel):
+    """Uniform grids of 1 to 4 bits, in groups of a multiple of 16 or per channel.
+
+    Activations are float16 or bfloat16. `code - zero` is exact in both; a group's products are
+    summed in float32 and meet its scale there, in an order that does not change from call to call.
+    """
+
+    name = "cuda"
+
+    def refuses(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return f"it runs on NVIDIA GPUs, not on {device.type}"
+        if scheme.grid.bits > _MOST_BITS:
+            return f"codes of {scheme.grid.bits} bits are more than {_MOST_BITS}"
+        if span_inputs(scheme.group_size, scheme.grid.bits) % 16:
+            return f"groups of {scheme.group_size} are no multiple of 16"
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _OLDEST:
+            return f"compute capability {'.'.join(map(str, capability))} is below 8.0"
+        try:
+            nvrtc_version()
+        except UnsupportedError as error:
+            return str(error).rstrip(".")
+        return None
+
+    def prepack(self, weight: QuantizedTensor, bias: Tensor | None = None) -> Linear:
+        self.check(weight)
+        return _CudaLinear(weight, bias)
