@@ -37,22 +37,20 @@ _LINE = re.compile(
 )
 
 
-def disassembler() -> Path | None:
-    """nvdisasm of the Triton package."""
+def tool(name: str) -> Path:
+    """nvdisasm or cuobjdump, of the Triton package."""
     spec = importlib.util.find_spec("triton")
-    if spec is None or spec.origin is None:
-        return None
-    path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    return path if path.is_file() else None
+    assert spec is not None and spec.origin is not None, f"pip install triton, for its {name}"
+    return Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
 
 
-def instructions(cubin: bytes, nvdisasm: Path) -> Counter[str]:
+def instructions(cubin: bytes) -> Counter[str]:
     """Operations by their first name, without those that only bring a constant into a register."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         done = subprocess.run(
-            [nvdisasm, "-c", file.name], check=True, capture_output=True, text=True
+            [tool("nvdisasm"), "-c", file.name], check=True, capture_output=True, text=True
         )
     found: Counter[str] = Counter()
     for name, operands in _LINE.findall(done.stdout):
@@ -62,7 +60,7 @@ def instructions(cubin: bytes, nvdisasm: Path) -> Counter[str]:
     return found
 
 
-def count(architecture: str, half: str, grid: str, nvdisasm: Path) -> dict[str, float]:
+def count(architecture: str, half: str, grid: str) -> dict[str, float]:
     """Operations for each weight."""
     bits, twice_zero = GRIDS[grid]
     text = _KERNEL % {"bits": bits, "twice_zero": twice_zero, "format": half}
@@ -70,7 +68,7 @@ def count(architecture: str, half: str, grid: str, nvdisasm: Path) -> dict[str, 
     cubin = compile_cubin(
         "take_apart.cu", {"take_apart.cu": text, "decode.cuh": header}, architecture
     )
-    found = instructions(cubin, nvdisasm)
+    found = instructions(cubin)
     found["IMAD"] -= 2  # addresses of words and pairs
     weights = 32 // bits if bits != 3 else 32
     per_weight = {name: round(number / weights, 3) for name, number in found.items() if number > 0}
@@ -79,12 +77,10 @@ def count(architecture: str, half: str, grid: str, nvdisasm: Path) -> dict[str, 
 
 def main() -> None:
     """Count, print and record."""
-    nvdisasm = disassembler()
-    assert nvdisasm is not None, "pip install triton, for its nvdisasm"
     table: dict[str, dict[str, dict[str, float]]] = {}
     for architecture in ARCHITECTURES:
         for half in ("Half", "Bfloat16"):
-            row = {grid: count(architecture, half, grid, nvdisasm) for grid in GRIDS}
+            row = {grid: count(architecture, half, grid) for grid in GRIDS}
             table[f"{architecture} {half}"] = row
             print(architecture, half, *(f"{grid} {found['all']}" for grid, found in row.items()))
     RESULT.parent.mkdir(parents=True, exist_ok=True)

@@ -6,40 +6,26 @@ from torch import Tensor
 from qexport.errors import UnsupportedError
 from qexport.grid import Scheme
 from qexport.runtime.kernels.base import Kernel, Linear
-from qexport.runtime.kernels.cuda_layout import pack_codes, pack_scales, span_inputs
-from qexport.runtime.kernels.cuda_matmul import COUNTERS, matmul
-from qexport.runtime.kernels.cuda_source import WeightKind
+from qexport.runtime.kernels.cuda_layout import span_inputs
+from qexport.runtime.kernels.cuda_matmul import PackedWeight, matmul
+from qexport.runtime.kernels.cuda_source import MOST_BITS
 from qexport.runtime.kernels.nvrtc import nvrtc_version
 from qexport.tensor import QuantizedTensor
 
-__all__ = ["CudaKernel"]
+__all__ = ["CudaKernel", "CudaLinear"]
 
-_MOST_BITS = 4
 _OLDEST = (8, 0)
 
 
-class _CudaLinear(Linear):
+class CudaLinear(Linear):
+    """A packed weight, and the operator that multiplies with it."""
+
     def __init__(self, weight: QuantizedTensor, bias: Tensor | None) -> None:
         self.out_features, self.in_features = weight.shape
-        kind = WeightKind.of(weight.scheme)
-        group = weight.scheme.group_size
-
-        def packed(values: Tensor) -> Tensor:
-            return pack_scales(values, self.in_features, group, kind.bits)
-
-        zeros = weight.zeros
-        self._packed = (
-            pack_codes(weight.codes, kind.bits),
-            packed(weight.scales),
-            None if zeros is None else packed(zeros.to(weight.scales.dtype)),
-            None if bias is None else bias.float().contiguous(),
-            torch.zeros(COUNTERS, dtype=torch.int32, device=weight.codes.device),
-        )
-        self._kind = (kind.bits, kind.twice_zero, kind.span)
+        self.weight = PackedWeight.of(weight, bias)
 
     def matmul(self, x: Tensor) -> Tensor:
-        made: Tensor = matmul(x, *self._packed, self.out_features, *self._kind)
-        return made
+        return matmul(x, self.weight)
 
 
 class CudaKernel(Kernel):
@@ -54,8 +40,8 @@ class CudaKernel(Kernel):
     def refuses(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
         if device.type != "cuda":
             return f"it runs on NVIDIA GPUs, not on {device.type}"
-        if scheme.grid.bits > _MOST_BITS:
-            return f"codes of {scheme.grid.bits} bits are more than {_MOST_BITS}"
+        if scheme.grid.bits > MOST_BITS:
+            return f"codes of {scheme.grid.bits} bits are more than {MOST_BITS}"
         if span_inputs(scheme.group_size, scheme.grid.bits) % 16:
             return f"groups of {scheme.group_size} are no multiple of 16"
         capability = torch.cuda.get_device_capability(device)
@@ -67,6 +53,6 @@ class CudaKernel(Kernel):
             return str(error).rstrip(".")
         return None
 
-    def prepack(self, weight: QuantizedTensor, bias: Tensor | None = None) -> Linear:
+    def prepack(self, weight: QuantizedTensor, bias: Tensor | None = None) -> CudaLinear:
         self.check(weight)
-        return _CudaLinear(weight, bias)
+        return CudaLinear(weight, bias)

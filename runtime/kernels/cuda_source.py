@@ -17,6 +17,7 @@ from qexport.runtime.kernels.nvrtc import compile_cubin
 __all__ = [
     "DENSE_CHUNKS",
     "DENSE_SHARED",
+    "MOST_BITS",
     "Tile",
     "WeightKind",
     "compiled",
@@ -34,6 +35,7 @@ _SCALES = {
 _HALVES = {torch.float16: "Half", torch.bfloat16: "Bfloat16"}
 _STEP = 64
 
+MOST_BITS = 4  # of a code
 DENSE_CHUNKS = 4  # that a block of Dequantize takes, a warp each
 DENSE_SHARED = DENSE_CHUNKS * 16 * (_STEP + 8) * 2
 
@@ -76,6 +78,7 @@ class Tile:
     warps_n   beside each other along outputs; warps_k: that divide the inputs
     stages    steps of 64 inputs of tokens that the ring holds
     ahead     chunks of weights that are on their way
+    blocks    that a multiprocessor is to hold: registers are shared out so
     wgmma     sm_90a's instructions; warps_n is then a multiple of 4, columns 2, 4, 8 or 16
     """
 
@@ -85,6 +88,7 @@ class Tile:
     warps_k: int
     stages: int
     ahead: int
+    blocks: int = 1
     wgmma: bool = False
 
     @property
@@ -108,7 +112,7 @@ class Tile:
 
 def matmul_instance(kind: WeightKind, tile: Tile, half: torch.dtype) -> str:
     """The C++ type of a matmul kernel for activations of dtype `half`."""
-    numbers = ", ".join(map(str, astuple(tile)[:-1]))
+    numbers = ", ".join(map(str, astuple(tile)[:-2]))
     return f"qx::Matmul<{kind.arguments(half)}, {numbers}, {str(tile.wgmma).lower()}>"
 
 
@@ -117,11 +121,11 @@ def dense_instance(kind: WeightKind, half: torch.dtype) -> str:
     return f"qx::Dequantize<{kind.arguments(half)}>"
 
 
-def text_of(header: str, problem: str, instance: str, threads: int) -> str:
+def text_of(header: str, problem: str, instance: str, threads: int, blocks: int = 1) -> str:
     """The source of a kernel `kernel` that runs one instance on a `problem`."""
     return (
         f'#include "{header}"\n'
-        f'extern "C" __global__ __launch_bounds__({threads}) void\n'
+        f'extern "C" __global__ __launch_bounds__({threads}, {blocks}) void\n'
         f"kernel(const __grid_constant__ {problem} problem) {{\n"
         f"    {instance}::run(problem);\n}}\n"
     )

@@ -1,4 +1,5 @@
-"""Which kernel multiplies: the first in order of speed that does not refuse, and why."""
+"""Which kernel multiplies, and why: the one that was measured to be the fastest for a scheme on a
+GPU's architecture, or the first in order of speed that does not refuse."""
 
 from dataclasses import dataclass
 
@@ -9,6 +10,9 @@ from qexport.grid import Scheme
 from qexport.runtime.kernels.base import Kernel
 from qexport.runtime.kernels.cpu import CpuKernel
 from qexport.runtime.kernels.cuda import CudaKernel
+from qexport.runtime.kernels.cuda_launch import architecture
+from qexport.runtime.kernels.cuda_tiles import preferred
+from qexport.runtime.kernels.humming import HummingKernel
 from qexport.runtime.kernels.reference import ReferenceKernel
 from qexport.runtime.kernels.triton import TritonKernel
 
@@ -22,6 +26,7 @@ KERNELS: dict[str, Kernel] = {
         CpuKernel(exact=True),
         CudaKernel(),
         TritonKernel(),
+        HummingKernel(),
         ReferenceKernel(),
     )
 }
@@ -55,7 +60,8 @@ def choose(
             raise UnsupportedError(f"kernel {forced} does not take {scheme} on {device}: {reason}.")
         return Choice(KERNELS[forced], {})
     passed_over: dict[str, str] = {}
-    for name, kernel in KERNELS.items():
+    first = preferred(architecture(device), scheme) if device.type == "cuda" else None
+    for name, kernel in sorted(KERNELS.items(), key=lambda item: item[0] != first):
         reason = kernel.refuses(scheme, shape, device)
         if reason is None:
             return Choice(kernel, passed_over)

@@ -29,7 +29,7 @@ typedef unsigned int u32;
 namespace qx {
 
 // Bits of `times` * 2**-16 in a format with 5 or 8 bits of exponent; all ones if it is no number there.
-constexpr u32 number_bits(long times, int mantissa, int bias) {
+QX_FN constexpr u32 number_bits(long times, int mantissa, int bias) {
     u32 sign = 0;
     if (times < 0) {
         sign = 0x8000;
@@ -93,7 +93,7 @@ using Bfloat16 = Format<7, 127>;
 
 // Two equal numbers, `times` * 2**-16 each.
 template <class F>
-constexpr u32 both(long times) {
+QX_FN constexpr u32 both(long times) {
     return number_bits(times, F::mantissa, F::bias) * 0x10001u;
 }
 
@@ -114,7 +114,7 @@ struct Place {
 };
 
 template <class F, int BITS, bool HALF_ZERO>
-constexpr Place place(int bit) {
+QX_FN constexpr Place place(int bit) {
     const int least = HALF_ZERO ? 1 : 0, most = F::mantissa - BITS;
     int shift = -least;
     for (int b = 0; b <= bit; b += BITS)

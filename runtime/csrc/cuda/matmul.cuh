@@ -155,7 +155,7 @@ struct Matmul {
 
     // Whether fragment AT of a step is a group's first: sums begin anew.
     template <int STEP, int AT>
-    static constexpr bool begins() {
+    static QX_FN constexpr bool begins() {
         return SPAN != 0 && (STEP * 4 + AT) * 16 % (SPAN ? SPAN : 1) == 0;
     }
 

@@ -6,8 +6,8 @@
 namespace qx {
 
 // Loads of 16 bytes that make a chunk of a tile, and its inputs.
-constexpr int chunk_loads(int bits) { return bits == 3 ? 3 : bits == 4 ? 2 : 1; }
-constexpr int chunk_inputs(int bits) { return chunk_loads(bits) * 256 / bits; }
+QX_FN constexpr int chunk_loads(int bits) { return bits == 3 ? 3 : bits == 4 ? 2 : 1; }
+QX_FN constexpr int chunk_inputs(int bits) { return chunk_loads(bits) * 256 / bits; }
 
 struct Half2Scale {
     u32 bits;

@@ -12,7 +12,7 @@ from torch import Tensor
 from qexport.grid import GRIDS, Scheme
 from qexport.runtime.kernels import cuda_matmul, cuda_tiles
 from qexport.runtime.kernels.cuda import CudaKernel
-from qexport.runtime.kernels.cuda_layout import pack_codes, pack_scales
+from qexport.runtime.kernels.cuda_matmul import PackedWeight
 from qexport.runtime.kernels.cuda_source import Tile, WeightKind
 from qexport.tensor import QuantizedTensor
 from tests.runtime.cuda.emulated import COMPILER, compile_host, launch
@@ -116,18 +116,10 @@ def test_dense_weights_are_the_references(
     """Bit for bit what `dequantize` gives, which is the only one there is."""
     inputs = 3 * (group or 136)
     weight = make(grid, group, (45, inputs), dtype)
-    kind = WeightKind.of(weight.scheme)
-    zeros = weight.zeros
-    if zeros is not None:
-        zeros = pack_scales(zeros.to(torch.float16), inputs, group, kind.bits)
-    packed = (
-        pack_codes(weight.codes, kind.bits),
-        pack_scales(weight.scales, inputs, group, kind.bits),
-        zeros,
-    )
+    packed = PackedWeight.of(weight, None)
     want = weight.dequantize(dtype)
     for first, end in ((0, 45), (16, 40)):
-        found = cuda_matmul.dequantize(*packed, kind, (first, end), inputs, dtype)
+        found = cuda_matmul.dequantize(packed, (first, end), inputs, dtype)
         assert torch.equal(found, want[first:end])
 
 
@@ -144,7 +136,7 @@ def test_many_tokens_go_to_cublas(gpu: Launches, monkeypatch: pytest.MonkeyPatch
 
 
 def test_inputs_are_divided_only_as_far_as_it_pays() -> None:
-    tile = Tile(4, 1, 1, 8, 4, 1)
+    tile = Tile(4, 1, 1, 8, 4, 1, 2)
     assert cuda_tiles.splits(tile, 1, 64 * 264, 64, 132) == 1  # every place is taken
     assert cuda_tiles.splits(tile, 1, 64 * 132, 64, 132) == 2
     assert cuda_tiles.splits(tile, 1, 64, 8, 132) == 1  # a chunk for each warp
@@ -174,7 +166,8 @@ def test_the_operator_is_one_for_torch(gpu: Launches) -> None:
     weight = make("seq2", 128, (70, 4096), torch.bfloat16)
     linear = CudaKernel().prepack(weight)
     x = torch.randn(5, 4096).to(torch.bfloat16)
-    arguments = (x, *linear._packed, 70, *linear._kind)  # type: ignore[attr-defined]
+    w = linear.weight
+    arguments = (x, w.words, w.scales, w.zeros, w.bias, w.arrived, 70, 2, 3, 128)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(torch.ops.qexport.cuda_matmul.default, arguments, test_utils=tests)
 

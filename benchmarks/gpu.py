@@ -1,0 +1,295 @@
+"""How fast weight-only products are on a GPU, beside peers, and which tiles are the fastest.
+
+    python -m benchmarks.gpu            every kernel installed, at several sizes
+    python -m benchmarks.gpu --tune     tiles first, into runtime/kernels/cuda_tiles.json
+
+Each time is a CUDA graph's: one call for each of several copies of a weight, more together than the
+L2 cache holds. Medians of replays, and the spread (the quartiles' distance over the median). `GB/s`
+counts packed weights and scales once; `copy` is what a copy on the same device moved, read and
+written. Cells that the result file has already are not measured again; after --seconds the rest
+is left for another call.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_peers import PEERS, Call
+from qexport.errors import UnsupportedError
+from qexport.grid import INT3, INT4, SEQ2, Grid, Scheme
+from qexport.runtime.kernels.cuda_launch import architecture
+from qexport.runtime.kernels.cuda_matmul import PackedWeight, dense_matmul, tile_matmul
+from qexport.runtime.kernels.cuda_source import Tile, WeightKind
+from qexport.runtime.kernels.cuda_tiles import BUCKETS, TABLE, candidates, tile_for
+from qexport.tensor import QuantizedTensor
+
+ROOT = Path(__file__).parent.parent
+GRIDS = {"W2": SEQ2, "W3": INT3, "W4": INT4}
+SQUARE = (8192, 8192)
+LLAMA = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_BYTES = 192 << 20  # of weights in rotation: three times the L2 cache of an H200
+_MOST_COPIES = 24
+_REPLAYS = 15
+_FIRST_CALL = """
+import time, torch
+from qexport.grid import SEQ2, Scheme
+from qexport.tensor import QuantizedTensor
+codes = torch.zeros(4096, 4096, dtype=torch.uint8, device="cuda")
+scales = torch.ones(4096, 32, dtype=torch.float16, device="cuda")
+weight = QuantizedTensor(codes, scales, Scheme(SEQ2, 128))
+linear = CudaKernel().prepack(weight)
+x = torch.ones(1, 4096, dtype=torch.float16, device="cuda")
+torch.cuda.synchronize()
+begin = time.perf_counter()
+linear.matmul(x)
+torch.cuda.synchronize()
+print(time.perf_counter() - begin)
+"""
+
+
+def timed(calls: Sequence[Callable[[], object]]) -> tuple[float, float]:
+    """Microseconds of one call: the median over replays, and the spread."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    events = [(_event(), _event()) for _ in range(_REPLAYS)]
+    for begin, end in events:
+        begin.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    times = sorted(begin.elapsed_time(end) * 1000 / len(calls) for begin, end in events)
+    middle = times[len(times) // 2]
+    return middle, (times[-len(times) // 4] - times[len(times) // 4]) / middle
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def copy_bandwidth() -> float:
+    """GB/s that a copy reads and writes."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
+    to = torch.empty_like(source)
+    micros, _ = timed([lambda: to.copy_(source)] * 4)
+    return 2 * source.nbytes / micros / 1000
+
+
+def random_weight(grid: Grid, group: int | None, shape: tuple[int, int]) -> QuantizedTensor:
+    scheme = Scheme(grid, group)
+    codes = torch.randint(0, grid.levels, shape, dtype=torch.uint8, device="cuda")
+    scales = torch.rand(shape[0], scheme.groups(shape[1]), device="cuda") * 0.02 + 0.01
+    return QuantizedTensor(codes, scales.half(), scheme)
+
+
+def weight_bytes(weight: QuantizedTensor) -> int:
+    return weight.codes.numel() * weight.scheme.grid.bits // 8 + weight.scales.nbytes
+
+
+def copies_of(grid: Grid, group: int | None, shape: tuple[int, int]) -> list[QuantizedTensor]:
+    first = random_weight(grid, group, shape)
+    count = min(_MOST_COPIES, -(-_BYTES // weight_bytes(first)))
+    return [first, *(random_weight(grid, group, shape) for _ in range(count - 1))]
+
+
+def activations(tokens: int, inputs: int, half: torch.dtype) -> Tensor:
+    return torch.randn(tokens, inputs, device="cuda").to(half)
+
+
+class Results:
+    """Cells measured so far, written after each one."""
+
+    def __init__(self, path: Path, seconds: float) -> None:
+        self._path, self._end = path, time.monotonic() + seconds
+        self.data: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        self.data.setdefault("cells", {})
+
+    @property
+    def out_of_time(self) -> bool:
+        return time.monotonic() > self._end
+
+    def cell(self, name: str, measure: Callable[[], object]) -> None:
+        if name in self.data["cells"] or self.out_of_time:
+            return
+        self.data["cells"][name] = measure()
+        print(name, json.dumps(self.data["cells"][name]), flush=True)
+        self.save()
+
+    def save(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(json.dumps(self.data, indent=1) + "\n")
+
+
+def compare(results: Results) -> None:
+    """Every kernel at every size, the sizes that matter most first."""
+    for half_name, half in HALVES.items():
+        for shape in (SQUARE, *LLAMA):
+            for grid_name, grid in GRIDS.items():
+                _compare_weight(results, half_name, half, shape, grid_name, grid)
+
+
+def _compare_weight(
+    results: Results,
+    half_name: str,
+    half: torch.dtype,
+    shape: tuple[int, int],
+    grid_name: str,
+    grid: Grid,
+) -> None:
+    names = {
+        tokens: f"{shape[0]}x{shape[1]} {grid_name} {half_name} M={tokens}" for tokens in TOKENS
+    }
+    if results.out_of_time or all(name in results.data["cells"] for name in names.values()):
+        return
+    weights = copies_of(grid, 128, shape)
+    size = weight_bytes(weights[0])
+    calls: dict[str, list[Call]] = {}
+    for peer, prepare in PEERS.items():
+        made = prepare(weights[0], half)
+        if isinstance(made, str):
+            results.data.setdefault("absent", {})[f"{peer} {grid_name} {half_name}"] = made
+            continue
+        rest = [prepare(weight, half) for weight in weights[1:]]
+        calls[peer] = [made, *(call for call in rest if not isinstance(call, str))]
+    for tokens, name in names.items():
+        x = activations(tokens, shape[1], half)
+
+        def measure(x: Tensor = x) -> dict[str, dict[str, float]]:
+            found = {}
+            for peer, each in calls.items():
+                micros, spread = timed([partial(call, x) for call in each])
+                rate = size / micros / 1000
+                found[peer] = {
+                    "us": round(micros, 2),
+                    "spread": round(spread, 3),
+                    "GB/s": round(rate, 1),
+                }
+            return found
+
+        results.cell(name, measure)
+
+
+def tune(results: Results, half: torch.dtype = torch.bfloat16) -> None:
+    """The fastest tile of each kind and number of tokens, over the layers of Llama-3-8B."""
+    machine = architecture(torch.device("cuda", torch.cuda.current_device()))
+    table = json.loads(TABLE.read_text()) if TABLE.is_file() else {}
+    tiles = table.setdefault(machine, {}).setdefault("tiles", {})
+    for group in (128, 64, 32, None):
+        for grid in GRIDS.values():
+            kind = WeightKind.of(Scheme(grid, group))
+            place = tiles.setdefault(f"{kind.bits}/{kind.span}", {})
+            layers = [
+                [PackedWeight.of(weight, None) for weight in copies_of(grid, group, shape)]
+                for shape in LLAMA[1:]
+            ]
+            for tokens in BUCKETS:
+                if str(tokens) in place or results.out_of_time:
+                    continue
+                times = {
+                    tile: _time_tile(tile, layers, tokens, half)
+                    for tile in candidates(machine, kind, tokens)
+                }
+                best = min(times, key=lambda tile: times[tile])
+                place[str(tokens)] = asdict(best)
+                first = next(iter(times.values()))
+                print(
+                    kind.bits, kind.span, tokens, best, f"{first / times[best]:.2f} times the rule"
+                )
+                TABLE.write_text(json.dumps(table, indent=1) + "\n")
+    if "dense" not in table[machine] and not results.out_of_time:
+        table[machine]["dense"] = _dense_from(half)
+        TABLE.write_text(json.dumps(table, indent=1) + "\n")
+
+
+def _time_tile(
+    tile: Tile, layers: list[list[PackedWeight]], tokens: int, half: torch.dtype
+) -> float:
+    """Product of times over layers; infinite for a tile that cannot run."""
+    total = 1.0
+    for layer in layers:
+        x = activations(tokens, layer[0].inputs, half)
+        try:
+            total *= timed([partial(tile_matmul, x, weight, tile) for weight in layer])[0]
+        except UnsupportedError as error:  # more shared memory or registers than there are
+            print(tile, error)
+            return float("inf")
+    return total
+
+
+def _dense_from(half: torch.dtype) -> int:
+    """Tokens from which cuBLAS with weights made dense is faster than our own products."""
+    weights = [PackedWeight.of(weight, None) for weight in copies_of(SEQ2, 128, LLAMA[2])]
+    machine = architecture(torch.device("cuda", torch.cuda.current_device()))
+    for tokens in (192, 256, 384, 512, 768, 1024, 1536, 2048):
+        x = activations(tokens, LLAMA[2][1], half)
+        tile = tile_for(machine, weights[0].kind, tokens)
+        own = timed([partial(tile_matmul, x, weight, tile) for weight in weights])[0]
+        by_cublas = timed([partial(dense_matmul, x, weight) for weight in weights])[0]
+        print("dense", tokens, own, by_cublas)
+        if by_cublas < own:
+            return tokens
+    return 2049
+
+
+def first_calls() -> dict[str, float]:
+    """Seconds of the first product in a process, with no cubins on disk and with them."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = {}
+        for name in ("cold", "warm"):
+            done = subprocess.run(
+                [sys.executable, "-c", _FIRST_CALL],
+                check=True,
+                capture_output=True,
+                text=True,
+                cwd=ROOT,
+                env={**os.environ, "QEXPORT_CACHE": folder},
+            )
+            found[name] = round(float(done.stdout.split()[-1]), 3)
+    return found
+
+
+def main() -> None:
+    """Measure, print and record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tune", action="store_true", help="measure tiles first")
+    parser.add_argument("--seconds", type=float, default=450)
+    parser.add_argument(
+        "--output", type=Path, help="result file (benchmarks/results/<device>/gpu.json)"
+    )
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("no CUDA device here: run this on one.")
+    name = torch.cuda.get_device_name()
+    default = ROOT / "benchmarks" / "results" / name.lower().replace(" ", "-") / "gpu.json"
+    results = Results(options.output or default, options.seconds)
+    results.data["device"] = {"name": name, "torch": torch.__version__, "cuda": torch.version.cuda}
+    if options.tune:
+        tune(results)
+    results.cell("copy GB/s", lambda: round(copy_bandwidth(), 1))
+    results.cell("first call s", first_calls)
+    compare(results)
+    results.save()
+    print("every cell is measured" if not results.out_of_time else "out of time: call it again")
+
+
+if __name__ == "__main__":
+    main()
