@@ -34,7 +34,7 @@ class AnyDecoder(Decoder):
         from transformers import DynamicCache
 
         self._model = build_model(checkpoint, dtype, partial(read_tensor, checkpoint, dtype))
-        names = _replace(self._model, checkpoint, device, kernel)
+        names = _replace(self._model, checkpoint, device, kernel, dtype)
         self._model.to(device).eval()
         config = self._model.config.get_text_config()
         self.slots, self.vocabulary = slots, int(config.vocab_size)
@@ -93,14 +93,18 @@ class _KernelLinear(nn.Module):
 
 
 def _replace(
-    model: nn.Module, checkpoint: Checkpoint, device: torch.device, kernel: str | None
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    kernel: str | None,
+    dtype: torch.dtype,
 ) -> set[str]:
     """Put kernels in the place of quantized linear layers; returns the names of those chosen."""
     names = {"reference"} if not checkpoint.modules else set()
     modules = dict(model.named_modules())
     for name, (scheme, shape) in checkpoint.modules.items():
         module = modules.get(name)
-        chosen = choose(scheme, shape, device, kernel).kernel
+        chosen = choose(scheme, shape, device, kernel, dtype).kernel
         if chosen.name == "reference" or not isinstance(module, nn.Linear):
             names.add("reference")
             continue

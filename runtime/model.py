@@ -16,6 +16,7 @@ from torch.nn.functional import embedding, scaled_dot_product_attention, silu
 from qexport.checkpoint import Checkpoint
 from qexport.errors import CheckpointError, InputError
 from qexport.grid import INT4, INT8, Scheme
+from qexport.runtime.device_sampler import Draw
 from qexport.runtime.families import DecoderConfig
 from qexport.runtime.kernels import Linear, choose
 from qexport.runtime.kernels.reference import ReferenceKernel
@@ -68,9 +69,11 @@ class Decoder(ABC):
     """A model with a cache of `slots` sequences of at most `context` tokens each.
 
     chunked   a prompt may be run in parts; not where positions depend on what a call sees
+    draws     it has `choose`
     """
 
     chunked = True
+    draws = False
     slots: int
     context: int
     vocabulary: int
@@ -86,6 +89,10 @@ class Decoder(ABC):
     @abstractmethod
     def forward(self, spans: Sequence[Span]) -> Tensor:
         """Run spans of different slots; float32 logits [spans that want them, vocabulary]."""
+
+    def choose(self, spans: Sequence[Span], draws: Sequence[Draw]) -> list[int]:
+        """The same, and tokens of the spans that want logits; NO_TOKEN where these are NaN."""
+        raise NotImplementedError
 
 
 @dataclass
@@ -250,7 +257,7 @@ class _Layer:
 
 
 class TorchDecoder(Decoder):
-    """The decoder in torch. Logits of tokens do not depend on the other spans of a step.
+    """The decoder in torch. But for rounding, logits do not depend on the other spans of a step.
 
     The cache is [layers, 2, slots, kv_heads, context, head_dim] in `dtype`, which is also what
     activations are.
@@ -297,7 +304,8 @@ class TorchDecoder(Decoder):
                 if isinstance(weight, Tensor):
                     parts.append(dense.wrap(weight.to(self._device), offset))
                     continue
-                chosen = choose(weight.scheme, weight.shape, self._device, kernel).kernel
+                scheme, shape = weight.scheme, weight.shape
+                chosen = choose(scheme, shape, self._device, kernel, self._dtype).kernel
                 self._names.add(chosen.name)
                 if chosen.name == "reference":
                     chosen = dense
@@ -320,6 +328,10 @@ class TorchDecoder(Decoder):
 
     @torch.inference_mode()
     def forward(self, spans: Sequence[Span]) -> Tensor:
+        return self._logits(spans).cpu()
+
+    def _logits(self, spans: Sequence[Span]) -> Tensor:
+        """`forward` on the device."""
         config = self._config
         tokens = torch.tensor([t for span in spans for t in span.tokens], device=self._device)
         x = embedding(tokens, self._embedding).to(self._dtype) * config.embedding_scale
@@ -332,7 +344,7 @@ class TorchDecoder(Decoder):
         ends = torch.tensor([len(span.tokens) for span in spans]).cumsum(0) - 1
         wanted = ends[[i for i, span in enumerate(spans) if span.logits]]
         rows = self._normed(x[wanted.to(self._device)], self._norm)
-        return (self._head.matmul(rows).float() * config.logit_scale).cpu()
+        return self._head.matmul(rows).float() * config.logit_scale
 
     def reusable(self, slot: int, held: int, shared: int, length: int) -> int:
         return self._config.rope.reusable(held, shared, length)

@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qexport.errors import InputError, QexportError
+from qexport.runtime.device_sampler import Draw
 
-__all__ = ["Sampler", "Sampling", "TokenLogprob"]
+__all__ = ["Sampler", "Sampling", "TokenLogprob", "no_numbers"]
 
 _GREEDY_BELOW = 1e-4  # smaller temperatures overflow float32 and mean the same
 _MOST_LOGPROBS = 20
@@ -83,6 +84,11 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...]
 
 
+def no_numbers() -> QexportError:
+    """The error where logits are NaN."""
+    return QexportError("the model gave NaN; its weights or its dtype are at fault.")
+
+
 class Sampler:
     """The sampler of one request, with random numbers of its own."""
 
@@ -92,6 +98,22 @@ class Sampler:
         self._prompt = np.unique(np.array(prompt, dtype=np.int64))
         self._output: Counter[int] = Counter()
 
+    @property
+    def plain(self) -> bool:
+        """Whether `draw` says all: nothing depends on tokens so far, and no logprobs are wanted."""
+        sampling = self._sampling
+        penalties = (sampling.frequency_penalty, sampling.presence_penalty)
+        changed = any(penalties) or sampling.repetition_penalty != 1 or bool(sampling.logit_bias)
+        return not changed and sampling.logprobs is None
+
+    def draw(self) -> Draw:
+        """What `choose` would do for the next token, to be done elsewhere."""
+        sampling = self._sampling
+        if sampling.temperature < _GREEDY_BELOW:
+            return Draw()
+        number = self._random.random()
+        return Draw(sampling.temperature, number, sampling.top_k, sampling.top_p, sampling.min_p)
+
     def choose(self, logits: Logits) -> tuple[int, TokenLogprob | None]:
         """The next token from logits [vocabulary], which are left as they are.
 
@@ -99,7 +121,7 @@ class Sampler:
         """
         best = int(logits.argmax())  # numpy's argmax stops at the first NaN
         if not np.isfinite(logits[best]):
-            raise QexportError("the model gave NaN; its weights or its dtype are at fault.")
+            raise no_numbers()
         token = self._choose(logits, best)
         self._output[token] += 1
         wanted = self._sampling.logprobs

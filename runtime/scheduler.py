@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from qexport.errors import InputError, QexportError
+from qexport.runtime.device_sampler import NO_TOKEN
 from qexport.runtime.model import Decoder, Span
-from qexport.runtime.sampler import Sampler, Sampling, TokenLogprob
+from qexport.runtime.sampler import Sampler, Sampling, TokenLogprob, no_numbers
 from qexport.runtime.text import TextStream
 
 __all__ = ["Piece", "QueueFullError", "Scheduler", "Sequence"]
@@ -134,13 +135,13 @@ class Scheduler:
         spans = self._plan()
         if not spans:
             return
-        logits = self._forward(spans)
+        results = self._forward(spans)
         for sequence, span in spans.items():
             if sequence.slot is None:  # it failed
                 continue
             sequence.ran = span.start + len(span.tokens)
             if span.logits:
-                self._take(sequence, logits[sequence])
+                self._take(sequence, results[sequence])
 
     def _admit(self) -> None:
         while self._waiting and self._free:
@@ -174,10 +175,10 @@ class Scheduler:
                 )
         return spans
 
-    def _forward(self, spans: dict[Sequence, Span]) -> "dict[Sequence, np.ndarray]":
-        """Logits of each sequence that wants them. One that breaks a step fails alone."""
+    def _forward(self, spans: dict[Sequence, Span]) -> "dict[Sequence, np.ndarray | int]":
+        """What `_run` gives. A sequence that breaks a step fails alone."""
         try:
-            return self._logits(spans)
+            return self._run(spans)
         except Exception as error:  # a fault of one must not end the others
             if len(spans) == 1:
                 self._fail(next(iter(spans)), error)
@@ -187,15 +188,24 @@ class Scheduler:
             found.update(self._forward({sequence: span}))
         return found
 
-    def _logits(self, spans: dict[Sequence, Span]) -> "dict[Sequence, np.ndarray]":
-        rows = self._decoder.forward(list(spans.values())).numpy()
+    def _run(self, spans: dict[Sequence, Span]) -> "dict[Sequence, np.ndarray | int]":
+        """Logits of each sequence that wants them, or its token where the decoder can choose."""
         wanting = [sequence for sequence, span in spans.items() if span.logits]
-        return dict(zip(wanting, rows, strict=True))
+        work = list(spans.values())
+        if self._decoder.draws and all(sequence.sampler.plain for sequence in wanting):
+            tokens = self._decoder.choose(work, [s.sampler.draw() for s in wanting])
+            return dict(zip(wanting, tokens, strict=True))
+        return dict(zip(wanting, self._decoder.forward(work).numpy(), strict=True))
 
-    def _take(self, sequence: Sequence, logits: "np.ndarray") -> None:
-        """Choose a token from its logits and tell of it."""
+    def _take(self, sequence: Sequence, result: "np.ndarray | int") -> None:
+        """Choose a token from logits, if that is not done yet, and tell of it."""
         try:
-            token, logprob = sequence.sampler.choose(logits)
+            if isinstance(result, int):
+                if result == NO_TOKEN:
+                    raise no_numbers()
+                token, logprob = result, None
+            else:
+                token, logprob = sequence.sampler.choose(result)
             sequence.generated.append(token)
             piece = self._piece(sequence, token, logprob)
         except Exception as error:  # NaN, or a tokenizer that trips

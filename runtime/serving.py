@@ -1,5 +1,6 @@
 """How a checkpoint is served: the decoder that fits the model and the machine."""
 
+import importlib.util
 import json
 import os
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from qexport.errors import CheckpointError, InputError
 from qexport.formats import open_checkpoint
 from qexport.runtime.any_model import AnyDecoder
 from qexport.runtime.cpu_model import CpuDecoder
+from qexport.runtime.cuda_model import CudaDecoder
 from qexport.runtime.families import DecoderConfig, decoder_config
 from qexport.runtime.generator import Generator
 from qexport.runtime.kernels import KERNELS
@@ -92,7 +94,8 @@ def open_decoder(checkpoint: Checkpoint, serving: Serving) -> Decoder:
             head_bits=serving.head_bits,
             threads=serving.threads,
         )
-    return TorchDecoder(
+    graphs = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return (CudaDecoder if graphs else TorchDecoder)(
         checkpoint,
         config,
         slots=serving.slots,

@@ -23,9 +23,13 @@ class Linear(ABC):
 
 
 class Kernel(ABC):
-    """One way of multiplying with quantized weights."""
+    """One way of multiplying with quantized weights.
+
+    activations   dtypes that its products take
+    """
 
     name: str
+    activations: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
 
     @abstractmethod
     def refuses(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:

@@ -36,6 +36,7 @@ class CudaKernel(Kernel):
     """
 
     name = "cuda"
+    activations = (torch.float16, torch.bfloat16)
 
     def refuses(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
         if device.type != "cuda":

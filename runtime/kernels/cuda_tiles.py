@@ -102,7 +102,8 @@ def _rule(architecture: str, kind: WeightKind, tokens: int) -> Tile:
             tiles = 1 if many_scales or kind.bits == 3 else 2
         elif many_scales and kind.bits == 3:
             tiles = 1
-        return Tile(tiles, columns, 1, 8, 4, 1, 1 if kind.zeros else 2)
+        alone = kind.zeros or (many_scales and columns == 2 and kind.bits in (1, 3))
+        return Tile(tiles, columns, 1, 8, 4, 1, 1 if alone else 2)
     if architecture == "sm_90a":
         if tokens <= 64:
             return Tile(1, 4 if tokens <= 32 else 8, 4, 2, 4, 1, wgmma=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from qexport.errors import InputError, UnsupportedError
-from qexport.grid import Scheme
+from qexport.grid import Scheme, dtype_name
 from qexport.runtime.kernels.base import Kernel
 from qexport.runtime.kernels.cpu import CpuKernel
 from qexport.runtime.kernels.cuda import CudaKernel
@@ -45,9 +45,13 @@ class Choice:
 
 
 def choose(
-    scheme: Scheme, shape: tuple[int, int], device: torch.device, forced: str | None = None
+    scheme: Scheme,
+    shape: tuple[int, int],
+    device: torch.device,
+    forced: str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Choice:
-    """The kernel for a weight [out, in].
+    """The kernel for a weight [out, in] and activations of `dtype`.
 
     Raises InputError for a `forced` kernel that does not exist, UnsupportedError for one that
     refuses.
@@ -55,15 +59,27 @@ def choose(
     if forced is not None:
         if forced not in KERNELS:
             raise InputError(f"there is no kernel {forced!r}; there are {', '.join(KERNELS)}.")
-        reason = KERNELS[forced].refuses(scheme, shape, device)
+        reason = _refusal(KERNELS[forced], scheme, shape, device, dtype)
         if reason is not None:
             raise UnsupportedError(f"kernel {forced} does not take {scheme} on {device}: {reason}.")
         return Choice(KERNELS[forced], {})
     passed_over: dict[str, str] = {}
     first = preferred(architecture(device), scheme) if device.type == "cuda" else None
     for name, kernel in sorted(KERNELS.items(), key=lambda item: item[0] != first):
-        reason = kernel.refuses(scheme, shape, device)
+        reason = _refusal(kernel, scheme, shape, device, dtype)
         if reason is None:
             return Choice(kernel, passed_over)
         passed_over[name] = reason
     raise AssertionError("the reference kernel takes everything")
+
+
+def _refusal(
+    kernel: Kernel,
+    scheme: Scheme,
+    shape: tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> str | None:
+    if dtype not in kernel.activations:
+        return f"it does not take {dtype_name(dtype)} activations"
+    return kernel.refuses(scheme, shape, device)

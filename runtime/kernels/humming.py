@@ -41,6 +41,7 @@ class HummingKernel(Kernel):
     """Uniform grids up to 8 bits, zero points as numbers; taken where it is named or measured."""
 
     name = "humming"
+    activations = (torch.float16, torch.bfloat16)
 
     def refuses(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
         if importlib.util.find_spec("humming") is None:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 
 from qexport.errors import InputError
+from qexport.runtime.device_sampler import NO_TOKEN, Draw
 from qexport.runtime.model import Decoder, Span
 from qexport.runtime.sampler import Sampler, Sampling
 from qexport.runtime.scheduler import Piece, QueueFullError, Scheduler, Sequence
@@ -47,6 +48,23 @@ class Counting(Decoder):
         return torch.stack(rows) if rows else torch.empty(0, VOCABULARY)
 
 
+class Choosing(Counting):
+    """The same, choosing tokens itself; a step that chooses logits' way is counted."""
+
+    draws = True
+    forwards = 0
+
+    def forward(self, spans: Many[Span]) -> Tensor:
+        self.forwards += 1
+        return super().forward(spans)
+
+    def choose(self, spans: Many[Span], draws: Many[Draw]) -> list[int]:
+        logits = super().forward(spans)
+        assert len(logits) == len(draws)
+        tokens: list[int] = logits.argmax(-1).tolist() if len(logits) else []
+        return tokens
+
+
 def following(tokens: list[int]) -> int:
     return (sum((i + 1) * token for i, token in enumerate(tokens)) * 7 + len(tokens)) % 38
 
@@ -65,7 +83,7 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(slots=st.integers(1, 4), queue=st.integers(0, 5), chunk=st.integers(1, 16))
     def begin(self, slots: int, queue: int, chunk: int) -> None:
-        self.decoder = Counting(slots, 48)
+        self.decoder = (Counting, Choosing)[chunk % 2](slots, 48)
         self.scheduler = Scheduler(self.decoder, frozenset([END]), queue=queue, chunk=chunk)
         self.queue = queue
         self.open: list[Sequence] = []
@@ -253,3 +271,50 @@ def test_prompts_are_run_in_chunks_where_they_may(chunked: bool) -> None:
     scheduler.submit(Sequence([2] * 9, sampling, Sampler(sampling, []), text, pieces.append))
     scheduler.step()
     assert len(pieces) == (0 if chunked else 1)
+
+
+def start(scheduler: Scheduler, prompt: list[int], **settings: Any) -> list[Piece]:
+    pieces: list[Piece] = []
+    sampling = Sampling(max_tokens=3, **settings)
+    text = TextStream(WORDS, prompt, ())
+    sequence = Sequence(prompt, sampling, Sampler(sampling, prompt), text, pieces.append)
+    scheduler.submit(sequence)
+    return pieces
+
+
+def run(scheduler: Scheduler) -> None:
+    for _ in range(20):
+        scheduler.step()
+    assert not scheduler.busy
+
+
+def test_logits_come_back_only_where_they_are_needed() -> None:
+    """Logprobs and penalties need them; the tokens are the same."""
+    decoder = Choosing(2, 48)
+    scheduler = Scheduler(decoder, frozenset())
+    plain = start(scheduler, [1, 2])
+    run(scheduler)
+    assert decoder.forwards == 0
+    for settings in ({"logprobs": 1}, {"logit_bias": {38: -1.0}}):
+        before = decoder.forwards
+        shaped = start(scheduler, [1, 2], **settings)
+        beside = start(scheduler, [1, 2])
+        run(scheduler)
+        assert decoder.forwards > before
+        for pieces in (shaped, beside):
+            assert [piece.token for piece in pieces] == [piece.token for piece in plain]
+
+
+def test_a_choice_that_is_no_token_ends_one_request() -> None:
+    class Failing(Choosing):
+        def choose(self, spans: Many[Span], draws: Many[Draw]) -> list[int]:
+            tokens = super().choose(spans, draws)
+            return [
+                NO_TOKEN if span.slot == 1 else t for span, t in zip(spans, tokens, strict=True)
+            ]
+
+    scheduler = Scheduler(Failing(2, 48), frozenset())
+    both = [start(scheduler, [1, 2]), start(scheduler, [2, 1])]
+    run(scheduler)
+    errors = [str(pieces[-1].error) for pieces in both]
+    assert sorted(error[:18] for error in errors) == ["None", "the model gave NaN"]

@@ -30,15 +30,16 @@ def run(*arguments: str, interpret: str, cache: Path) -> str:
     return done.stdout
 
 
-def test_it_equals_the_reference(tmp_path: Path) -> None:
-    """triton_interpreter.py: every scheme, shapes, dtypes."""
-    file = str(HERE / "triton_interpreter.py")
+@pytest.mark.parametrize("name", ["triton_interpreter.py", "step_interpreter.py"])
+def test_it_equals_the_reference(name: str, tmp_path: Path) -> None:
+    """The products: every scheme, shapes, dtypes; and what decoding steps do between them."""
+    file = str(HERE / name)
     shown = run("-m", "pytest", "-q", file, interpret="1", cache=tmp_path)
     assert " passed" in shown and "skipped" not in shown
 
 
 @pytest.mark.slow
 def test_it_compiles_for_gpus(tmp_path: Path) -> None:
-    """By the assembler that Triton brings: five architectures, up to four forms of the kernel."""
+    """By the assembler that Triton brings: products, and the kernels of steps."""
     shown = run(str(HERE / "triton_compile.py"), interpret="0", cache=tmp_path)
-    assert shown.count("cubin") == 11
+    assert shown.count("cubin") == 11 + 3 * 5

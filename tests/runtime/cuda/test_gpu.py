@@ -11,13 +11,18 @@ import torch
 from torch import Tensor
 
 from qexport.grid import GRIDS, Scheme
+from qexport.runtime.cuda_model import CudaDecoder
+from qexport.runtime.device_sampler import Draw
 from qexport.runtime.kernels.cuda import CudaKernel
 from qexport.runtime.kernels.cuda_launch import architecture
 from qexport.runtime.kernels.cuda_matmul import COUNTERS, PackedWeight, dequantize, matmul_text
 from qexport.runtime.kernels.cuda_source import WeightKind, compiled
 from qexport.runtime.kernels.cuda_tiles import BUCKETS, tile_for
 from qexport.runtime.kernels.triton import TritonKernel
+from qexport.runtime.model import Span, TorchDecoder
 from qexport.tensor import QuantizedTensor
+from tests.runtime.families import make
+from tests.runtime.test_decoder import config_of, quantized
 
 pytestmark = pytest.mark.gpu
 HALVES = (torch.float16, torch.bfloat16)
@@ -178,3 +183,25 @@ def test_sanitizer(tool: str) -> None:
 
 def test_counters_are_enough() -> None:
     assert 2 * torch.cuda.get_device_properties(device()).multi_processor_count <= COUNTERS
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_steps_are_graphs(family: str, tmp_path: Path) -> None:
+    """Tokens of graphs, one at a time and in batches, are those of torch without any."""
+    checkpoint = quantized(make(tmp_path, family), "seq2", 32)
+    options = {"slots": 5, "context": 128, "device": device(), "dtype": torch.float16}
+    plain = TorchDecoder(checkpoint, config_of(checkpoint), **options)  # type: ignore[arg-type]
+    graphs = CudaDecoder(checkpoint, config_of(checkpoint), **options)  # type: ignore[arg-type]
+    assert graphs.kernels == "cuda"
+    prompt = [Span(slot, 0, list(range(3 + slot)), 3 + slot) for slot in range(5)]
+    for decoder in (plain, graphs):
+        decoder.forward(prompt)
+    for step in range(20):
+        for batch in ([0], [1, 2], [3, 0, 1, 2, 4]):
+            spans = [Span(slot, 3 + slot + step, [40 + slot], 4 + slot + step) for slot in batch]
+            want = plain.forward(spans)
+            torch.testing.assert_close(graphs.forward(spans), want, atol=2e-2, rtol=2e-2)
+            first = graphs.choose(spans, [Draw()] * len(batch))
+            assert first == graphs.choose(spans, [Draw()] * len(batch))
+            rows = torch.arange(len(batch))
+            assert (want.amax(-1) - want[rows, first] < 5e-2).all()
