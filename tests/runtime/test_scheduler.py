@@ -273,16 +273,16 @@ def test_prompts_are_run_in_chunks_where_they_may(chunked: bool) -> None:
     assert len(pieces) == (0 if chunked else 1)
 
 
-def start(scheduler: Scheduler, prompt: list[int], **settings: Any) -> list[Piece]:
+def start(scheduler: Scheduler, prompt: list[int], **wishes: Any) -> list[Piece]:
     pieces: list[Piece] = []
-    sampling = Sampling(max_tokens=3, **settings)
+    sampling = Sampling(max_tokens=3, **wishes)
     text = TextStream(WORDS, prompt, ())
     sequence = Sequence(prompt, sampling, Sampler(sampling, prompt), text, pieces.append)
     scheduler.submit(sequence)
     return pieces
 
 
-def run(scheduler: Scheduler) -> None:
+def finish(scheduler: Scheduler) -> None:
     for _ in range(20):
         scheduler.step()
     assert not scheduler.busy
@@ -293,13 +293,13 @@ def test_logits_come_back_only_where_they_are_needed() -> None:
     decoder = Choosing(2, 48)
     scheduler = Scheduler(decoder, frozenset())
     plain = start(scheduler, [1, 2])
-    run(scheduler)
+    finish(scheduler)
     assert decoder.forwards == 0
-    for settings in ({"logprobs": 1}, {"logit_bias": {38: -1.0}}):
+    for wishes in ({"logprobs": 1}, {"logit_bias": {38: -1.0}}):
         before = decoder.forwards
-        shaped = start(scheduler, [1, 2], **settings)
+        shaped = start(scheduler, [1, 2], **wishes)
         beside = start(scheduler, [1, 2])
-        run(scheduler)
+        finish(scheduler)
         assert decoder.forwards > before
         for pieces in (shaped, beside):
             assert [piece.token for piece in pieces] == [piece.token for piece in plain]
@@ -315,6 +315,6 @@ def test_a_choice_that_is_no_token_ends_one_request() -> None:
 
     scheduler = Scheduler(Failing(2, 48), frozenset())
     both = [start(scheduler, [1, 2]), start(scheduler, [2, 1])]
-    run(scheduler)
+    finish(scheduler)
     errors = [str(pieces[-1].error) for pieces in both]
     assert sorted(error[:18] for error in errors) == ["None", "the model gave NaN"]
