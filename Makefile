@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check fmt test-gpu bench fuzz oracle peers
+.PHONY: setup demo test check fmt test-gpu bench fuzz oracle peers bench-gpu
 
 setup: .venv/.ready
 
@@ -56,3 +56,8 @@ bench: setup peers
 	$(BIN)/python -m benchmarks.threads
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.decode --shape 1b
+
+# On a machine with an NVIDIA GPU: tiles first, then every kernel that is installed, then decoding.
+bench-gpu: setup
+	$(BIN)/python -m benchmarks.gpu --tune
+	$(BIN)/python -m benchmarks.gpu_decode

@@ -1,0 +1,159 @@
+"""Our generator on a GPU: a random model of Llama-3-8B's shape, batches of 1 to 64.
+
+`python -m benchmarks.gpu_decode` decodes 128 tokens after a prompt of 256 with SEQ-2, int3 and int4
+weights in groups of 128, and with bfloat16 ones. `of roofline` is the least time in which a copy on
+the same device moves the weights (packed, scales and head included) and the keys and values, over
+the time of a step.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu import ROOT, copy_bandwidth
+from qexport.checkpoint import Checkpoint, Entry
+from qexport.grid import INT3, INT4, SEQ2, Grid, Scheme
+from qexport.runtime.cuda_model import BATCHES, CudaDecoder
+from qexport.runtime.device_sampler import Draw
+from qexport.runtime.families import DecoderConfig, decoder_config
+from qexport.runtime.model import Span
+from qexport.tensor import QuantizedTensor
+
+GRIDS: dict[str, Grid | None] = {"SEQ-2": SEQ2, "int3": INT3, "int4": INT4, "bfloat16": None}
+PROMPT, MADE = 256, 128
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+}
+
+
+def random_model(grid: Grid | None, config: dict[str, Any] = LLAMA) -> Checkpoint:
+    """A checkpoint that is nowhere on disk; matrices of one shape have the same codes."""
+    hidden, inter = config["hidden_size"], config["intermediate_size"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    keys = hidden // heads * kv_heads
+    shapes = {
+        **{"self_attn.q_proj": (hidden, hidden), "self_attn.o_proj": (hidden, hidden)},
+        **{"self_attn.k_proj": (keys, hidden), "self_attn.v_proj": (keys, hidden)},
+        **{"mlp.gate_proj": (inter, hidden), "mlp.up_proj": (inter, hidden)},
+        "mlp.down_proj": (hidden, inter),
+    }
+    scheme = None if grid is None else Scheme(grid, 128)
+    made: dict[tuple[int, int], Tensor | QuantizedTensor] = {}
+
+    def weight(shape: tuple[int, int]) -> Tensor | QuantizedTensor:
+        if shape not in made:
+            made[shape] = _random(shape, scheme)
+        return made[shape]
+
+    def dense(shape: tuple[int, ...]) -> Tensor:
+        return torch.ones(shape) if len(shape) == 1 else torch.randn(shape).bfloat16() * 0.02
+
+    entries = {}
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        for name, shape in shapes.items():
+            entry = Entry(shape, torch.float16, partial(weight, shape), scheme)
+            entries[f"{prefix}{name}.weight"] = entry
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            norm = Entry((hidden,), torch.float32, partial(dense, (hidden,)))
+            entries[f"{prefix}{name}.weight"] = norm
+    table = (config["vocab_size"], hidden)
+    rest: dict[str, tuple[int, ...]] = {"embed_tokens": table, "norm": (hidden,)}
+    for name, size in rest.items():
+        entries[f"model.{name}.weight"] = Entry(size, torch.bfloat16, partial(dense, size))
+    entries["lm_head.weight"] = Entry(table, torch.bfloat16, partial(dense, table))
+    return Checkpoint(Path("random"), "run", config, entries)
+
+
+def _random(shape: tuple[int, int], scheme: Scheme | None) -> Tensor | QuantizedTensor:
+    if scheme is None:
+        return (torch.randn(shape) * 0.02).bfloat16()
+    codes = torch.randint(0, scheme.grid.levels, shape, dtype=torch.uint8)
+    scales = torch.full((shape[0], shape[1] // 128), 2.0**-6, dtype=torch.float16)
+    return QuantizedTensor(codes, scales, scheme)
+
+
+def step_bytes(config: DecoderConfig, grid: Grid | None, batch: int) -> float:
+    """That a step reads: each layer's weights once, the head, and keys and values of each row."""
+    queries = config.heads * config.head_dim
+    rows = queries * 2 + 2 * config.kv_heads * config.head_dim
+    weights = config.layers * config.hidden * (rows + 3 * config.inter)
+    width = 16.0 if grid is None else grid.bits + 16 / 128
+    head = config.vocabulary * config.hidden * 2
+    keys = 4 * config.layers * config.kv_heads * config.head_dim * (PROMPT + MADE / 2)
+    return weights * width / 8 + head + batch * keys
+
+
+def measure(decoder: CudaDecoder, batch: int) -> list[float]:
+    """Seconds of each step of a batch, after its prompts."""
+    for slot in range(batch):
+        decoder.forward([Span(slot, 0, list(range(1, PROMPT + 1)), PROMPT, logits=False)])
+    tokens, times = [1] * batch, []
+    draws = [Draw()] * batch
+    for made in range(MADE + 8):
+        at = PROMPT + made
+        spans = [Span(slot, at, [token], at + 1) for slot, token in enumerate(tokens)]
+        begin = time.perf_counter()
+        tokens = decoder.choose(spans, draws)
+        times.append(time.perf_counter() - begin)
+    return times[8:]
+
+
+def main() -> None:
+    """Measure, print and record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    config = decoder_config(LLAMA)
+    assert isinstance(config, DecoderConfig)
+    device = torch.device("cuda", torch.cuda.current_device())
+    bandwidth = copy_bandwidth()
+    table: dict[str, Any] = {}
+    name = torch.cuda.get_device_name().lower().replace(" ", "-")
+    path = options.output or ROOT / "benchmarks" / "results" / name / "decode.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for label, grid in GRIDS.items():
+        decoder = CudaDecoder(
+            random_model(grid),
+            config,
+            slots=BATCHES[-1],
+            context=PROMPT + MADE + 8,
+            device=device,
+            dtype=torch.bfloat16,
+        )
+        rows = table[f"{label}, {decoder.kernels or 'cuBLAS'}"] = {}
+        for batch in BATCHES:
+            times = measure(decoder, batch)
+            middle = statistics.median(times)
+            least = step_bytes(config, grid, batch) / bandwidth / 1e9
+            rows[batch] = {
+                "ms/step": round(middle * 1000, 3),
+                "tokens/s": round(batch / middle, 1),
+                "of roofline": round(least / middle, 3),
+            }
+            print(label, batch, rows[batch], flush=True)
+        result = {"copy GB/s": round(bandwidth, 1), "torch": torch.__version__, "table": table}
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        del decoder
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
