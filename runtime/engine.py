@@ -2,10 +2,12 @@
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from qexport.errors import QexportError
+from qexport.runtime.constraint import Constraint
 from qexport.runtime.model import Decoder
 from qexport.runtime.sampler import Sampler, Sampling
 from qexport.runtime.scheduler import Piece, Scheduler, Sequence
@@ -59,6 +61,8 @@ class Engine:
         self._changed = threading.Condition()
         self._cancelled: list[Sequence] = []
         self._ended: Exception | None = None
+        self._failure: QexportError | None = None
+        self._step_began: float | None = None
         self._thread = threading.Thread(target=self._run, name="qexport-engine", daemon=True)
         self._thread.start()
 
@@ -67,12 +71,17 @@ class Engine:
         return Ticket(self, prompt, sampling)
 
     def start(
-        self, prompt: list[int], sampling: Sampling, emit: Callable[[Piece], None]
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        emit: Callable[[Piece], None],
+        constraint: Constraint | None = None,
     ) -> Sequence:
         """The same, with each piece given to `emit` in the engine's thread; it must not wait."""
         self._scheduler.check(prompt, sampling)
         text = TextStream(self.backend, prompt, sampling.stop)
-        sequence = Sequence(prompt, sampling, Sampler(sampling, prompt), text, emit)
+        sampler = Sampler(sampling, prompt, constraint)
+        sequence = Sequence(prompt, sampling, sampler, text, emit)
         with self._changed:
             if self._ended is not None:
                 raise QexportError(str(self._ended))
@@ -93,11 +102,39 @@ class Engine:
             self._changed.notify()
         self._thread.join()
 
+    @property
+    def running(self) -> int:
+        return self._scheduler.running
+
+    @property
+    def waiting(self) -> int:
+        return self._scheduler.waiting
+
+    @property
+    def ended(self) -> Exception | None:
+        """Why nothing runs any more, if so."""
+        return self._ended
+
+    @property
+    def stalled(self) -> float:
+        """Seconds that the present step has taken; 0 between steps."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
+
+    def fail_all(self, error: QexportError) -> None:
+        """End every request with an error before the next step."""
+        with self._changed:
+            self._failure = error
+            self._changed.notify()
+
     def _run(self) -> None:
         try:
             while self._settle():
+                self._step_began = time.monotonic()
                 self._scheduler.step()
+                self._step_began = None
         except Exception as error:  # a bug of ours: nobody is left to wait for ever
+            self._step_began = None
             self._ended = QexportError(f"the engine has crashed ({error!r}); start it anew.")
         with self._changed:
             assert self._ended is not None
@@ -107,8 +144,11 @@ class Engine:
         """Wait for work and carry out what was cancelled; False at the end."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._ended or self._cancelled or self._scheduler.busy,
+                lambda: self._ended or self._failure or self._cancelled or self._scheduler.busy,
             )
+            if self._failure is not None:
+                self._scheduler.cancel_all(self._failure)
+                self._failure = None
             for sequence in self._cancelled:
                 self._scheduler.cancel(sequence)
             self._cancelled.clear()

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qexport.errors import InputError, QexportError
+from qexport.runtime.constraint import Constraint
 from qexport.runtime.device_sampler import Draw
 
 __all__ = ["Sampler", "Sampling", "TokenLogprob", "no_numbers"]
@@ -92,8 +93,11 @@ def no_numbers() -> QexportError:
 class Sampler:
     """The sampler of one request, with random numbers of its own."""
 
-    def __init__(self, sampling: Sampling, prompt: list[int]) -> None:
+    def __init__(
+        self, sampling: Sampling, prompt: list[int], constraint: Constraint | None = None
+    ) -> None:
         self._sampling = sampling
+        self._constraint = constraint
         self._random = np.random.Generator(np.random.PCG64(sampling.seed))
         self._prompt = np.unique(np.array(prompt, dtype=np.int64))
         self._output: Counter[int] = Counter()
@@ -104,7 +108,7 @@ class Sampler:
         sampling = self._sampling
         penalties = (sampling.frequency_penalty, sampling.presence_penalty)
         changed = any(penalties) or sampling.repetition_penalty != 1 or bool(sampling.logit_bias)
-        return not changed and sampling.logprobs is None
+        return not changed and sampling.logprobs is None and self._constraint is None
 
     def draw(self) -> Draw:
         """What `choose` would do for the next token, to be done elsewhere."""
@@ -124,6 +128,8 @@ class Sampler:
             raise no_numbers()
         token = self._choose(logits, best)
         self._output[token] += 1
+        if self._constraint is not None:
+            self._constraint.accept(token)
         wanted = self._sampling.logprobs
         return token, None if wanted is None else _logprob(logits, token, wanted)
 
@@ -153,7 +159,8 @@ class Sampler:
         sampling = self._sampling
         output = np.fromiter(self._output, dtype=np.int64, count=len(self._output))
         counted = sampling.frequency_penalty or sampling.presence_penalty
-        if sampling.repetition_penalty == 1 and not sampling.logit_bias and not counted:
+        penalized = sampling.repetition_penalty != 1 or sampling.logit_bias or counted
+        if not penalized and self._constraint is None:
             return logits
         shaped = logits.copy()
         if sampling.repetition_penalty != 1:
@@ -167,6 +174,8 @@ class Sampler:
         for token, bias in sampling.logit_bias.items():
             if 0 <= token < len(shaped):
                 shaped[token] += bias
+        if self._constraint is not None:
+            shaped[~self._constraint.allowed(len(shaped))] = -np.inf
         return shaped
 
 

@@ -5,6 +5,7 @@ in chunks beside the others' tokens, and then takes one token a step until it en
 knows threads; `engine` has the one that calls `step`.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -57,6 +58,8 @@ class Sequence:
     slot: int | None = None
     ran: int = 0  # tokens that the slot's cache holds
     cached: int = 0
+    arrived: float = field(default_factory=time.monotonic)
+    admitted: float | None = None  # when it got a slot
 
     @property
     def tokens(self) -> list[int]:
@@ -155,6 +158,7 @@ class Scheduler:
             # the last token is run in any case: its logits are wanted
             sequence.ran = sequence.cached = min(shared, len(prompt) - 1)
             sequence.slot = slot
+            sequence.admitted = time.monotonic()
             self._running.append(sequence)
 
     def _plan(self) -> dict[Sequence, Span]:

@@ -12,7 +12,8 @@ _NAMES = ("kernel", "head_bits", "cache", "context", "threads", "dtype")
 _OPTIONS = (
     click.option(
         "--kernel",
-        help="cpu, cpu-exact (float32 activations), triton or reference; see qexport doctor.",
+        help="cpu, cpu-exact (float32 activations), cuda, triton, humming or reference; "
+        "see qexport doctor.",
     ),
     click.option(
         "--head-bits",

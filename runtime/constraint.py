@@ -1,0 +1,104 @@
+"""Answers that follow a grammar: JSON, a JSON schema, a call of a tool (through llguidance).
+
+A `Grammar` is checked once, off the engine's thread; each answer has a `Constraint` of its own, which
+says what tokens may come next.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qexport.errors import InputError
+
+__all__ = ["Constraint", "Grammar", "Grammars", "check_schema"]
+
+_LARGEST_SCHEMA = 64 << 10  # bytes
+_DEEPEST_SCHEMA = 64
+
+
+class Grammar:
+    """A grammar that was checked, over one tokenizer's tokens."""
+
+    def __init__(self, tokenizer: Any, text: str) -> None:
+        self._tokenizer, self._text = tokenizer, text
+
+    def constraint(self) -> "Constraint":
+        """For one answer."""
+        from llguidance import LLMatcher
+
+        return Constraint(LLMatcher(self._tokenizer, self._text, log_level=0))
+
+
+class Constraint:
+    """Which tokens may come next in one answer."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    def allowed(self, vocabulary: int) -> NDArray[np.bool_]:
+        """bool [vocabulary]."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        found = np.unpackbits(bits, bitorder="little")[:vocabulary].astype(bool)
+        return np.pad(found, (0, vocabulary - len(found)))
+
+    def accept(self, token: int) -> None:
+        """Go on after `token`."""
+        self._matcher.consume_token(token)
+
+
+class Grammars:
+    """Makes grammars for a model's tokenizer (a fast one of transformers)."""
+
+    def __init__(self, tokenizer: Any, vocabulary: int, end_tokens: frozenset[int]) -> None:
+        self._source, self._vocabulary, self._end = tokenizer, vocabulary, end_tokens
+        self._tokenizer: Any = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """llguidance's, made when it is first wanted: it takes a second."""
+        if self._tokenizer is None:
+            from llguidance.hf import from_tokenizer
+
+            ends = sorted(self._end) or None
+            self._tokenizer = from_tokenizer(self._source, self._vocabulary, ends)
+        return self._tokenizer
+
+    def json_object(self) -> Grammar:
+        """Any JSON object."""
+        return self.json_schema({"type": "object"})
+
+    def json_schema(self, schema: Any) -> Grammar:
+        """Values of a JSON schema. Raises InputError where it is too large or not understood."""
+        from llguidance import LLMatcher
+
+        check_schema(schema)
+        try:
+            text = LLMatcher.grammar_from_json_schema(schema)
+            wrong = LLMatcher.validate_grammar(text, self.tokenizer)
+        except Exception as error:  # a Rust panic is an Exception of its own
+            wrong = str(error)
+        if wrong:
+            raise InputError(f"the schema is not one that answers can be held to: {wrong[:300]}.")
+        return Grammar(self.tokenizer, text)
+
+
+def check_schema(schema: Any) -> None:
+    """Raise InputError for a schema that is too large or too deep."""
+    if not isinstance(schema, dict):
+        raise InputError("a schema is a JSON object.")
+    if len(json.dumps(schema)) > _LARGEST_SCHEMA:
+        raise InputError(f"the schema has more than {_LARGEST_SCHEMA} bytes.")
+    level: list[Any] = [schema]
+    for _ in range(_DEEPEST_SCHEMA):
+        level = [part for value in level for part in _parts(value)]
+        if not level:
+            return
+    raise InputError(f"the schema is deeper than {_DEEPEST_SCHEMA} levels.")
+
+
+def _parts(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
