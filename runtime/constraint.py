@@ -1,7 +1,7 @@
 """Answers that follow a grammar: JSON, a JSON schema, a call of a tool (through llguidance).
 
-A `Grammar` is checked once, off the engine's thread; each answer has a `Constraint` of its own, which
-says what tokens may come next.
+A `Grammar` is checked once, off the engine's thread; each answer has a `Constraint` of its own,
+which says what tokens may come next.
 """
 
 import json

@@ -8,6 +8,7 @@ from qexport.runtime.engine import Engine, Ticket
 from qexport.runtime.model import Decoder
 from qexport.runtime.sampler import Sampling
 from qexport.runtime.scheduler import Piece
+from qexport.runtime.templates import TemplateWorker
 
 __all__ = ["Generator", "Piece", "Sampling"]
 
@@ -29,32 +30,41 @@ class Generator:
         self.decoder, self.tokenizer = decoder, tokenizer
         self.context = decoder.context
         end = tokenizer.eos_token_id
-        self._end = end_tokens | (frozenset() if end is None else {end})
+        self.end_tokens = end_tokens | (frozenset() if end is None else {end})
+        self.templates = TemplateWorker()
         self._waiting = waiting
         self._engine: Engine | None = None
         self._lock = threading.Lock()
 
-    def encode(self, text: str) -> list[int]:
-        """Prompt tokens of plain text."""
+    def encode(self, text: str, special_tokens: bool = True) -> list[int]:
+        """Prompt tokens of plain text; special_tokens: with those that begin a text."""
         _check_text(text)
-        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
+        made = self.tokenizer(text, add_special_tokens=special_tokens, verbose=False)
+        ids: list[int] = made["input_ids"]
         return ids
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text of tokens, special ones too. Raises InputError for one that is none."""
+        known = self.decoder.vocabulary
+        if any(not 0 <= token < known for token in tokens):
+            raise InputError(f"a token is not in the vocabulary of {known}.")
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=False))
 
     @property
     def has_template(self) -> bool:
         """Whether the model says how conversations are written."""
         return bool(getattr(self.tokenizer, "chat_template", None))
 
-    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Prompt tokens of a conversation. Raises InputError where the template refuses it."""
+    def encode_chat(self, messages: list[dict[str, Any]], **variables: Any) -> list[int]:
+        """Prompt tokens of a conversation; variables, `tools` among them, are the template's.
+
+        Raises InputError where the template refuses it, or takes too much time or memory.
+        """
         if not self.has_template:
             raise InputError("this model has no chat template; use plain completions.")
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # the template's own code: it may raise anything
-            raise InputError(f"the chat template refuses these messages ({error}).") from error
+        template = self.tokenizer.get_chat_template(tools=variables.get("tools"))
+        special = {name: str(text) for name, text in self.tokenizer.special_tokens_map.items()}
+        text = self.templates.render(template, messages, **{**special, **variables})
         _check_text(text)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
@@ -73,7 +83,7 @@ class Generator:
         with self._lock:
             if self._engine is None:
                 backend = self.tokenizer.backend_tokenizer
-                self._engine = Engine(self.decoder, backend, self._end, waiting=self._waiting)
+                self._engine = Engine(self.decoder, backend, self.end_tokens, waiting=self._waiting)
             return self._engine
 
     def close(self) -> None:
@@ -82,6 +92,7 @@ class Generator:
             engine, self._engine = self._engine, None
         if engine is not None:
             engine.close()
+        self.templates.close()
 
     def __enter__(self) -> "Generator":
         return self

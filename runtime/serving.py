@@ -53,11 +53,15 @@ class Serving:
     threads: int | None = None
 
 
-def open_generator(path: Path, serving: Serving) -> Generator:
-    """The model at `path`, ready to generate. Raises what reading it and choosing kernels do."""
+def open_generator(path: Path, serving: Serving, waiting: int = 256) -> Generator:
+    """The model at `path`, ready to generate; so many requests may wait.
+
+    Raises what reading it and choosing kernels do.
+    """
     checkpoint = open_checkpoint(path)
     tokenizer = open_tokenizer(checkpoint)
-    return Generator(open_decoder(checkpoint, serving), tokenizer, _end_tokens(checkpoint))
+    decoder = open_decoder(checkpoint, serving)
+    return Generator(decoder, tokenizer, _end_tokens(checkpoint), waiting=waiting)
 
 
 def open_decoder(checkpoint: Checkpoint, serving: Serving) -> Decoder:

@@ -7,6 +7,7 @@ takes too long.
 
 import json
 import sys
+from contextlib import suppress
 from typing import Any
 
 __all__ = ["main"]
@@ -40,10 +41,8 @@ def main() -> None:
     """Answer until stdin ends."""
     from transformers.utils import chat_template_utils  # noqa: F401  # before memory is limited
 
-    try:
+    with suppress(OSError):  # no /proc
         _limit_memory(int(sys.argv[1]))
-    except OSError:  # no /proc
-        pass
     for line in sys.stdin:
         sys.stdout.write(json.dumps(_answer(json.loads(line))) + "\n")
         sys.stdout.flush()

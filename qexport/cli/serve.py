@@ -2,8 +2,9 @@
 
 import errno
 import socket
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,19 +12,36 @@ from qexport.cli.common import Command, progress_console
 from qexport.cli.serving import serving_options
 from qexport.errors import InputError
 
+if TYPE_CHECKING:
+    from qexport.runtime.server import Limits
+
 _EPILOG = """\b
 Examples:
   qexport serve packed
   qexport serve packed --host 0.0.0.0 --api-key "$KEY"
-  curl localhost:8000/v1/models"""
+  qexport serve packed --limit queue=64 --limit body=1000000 --log-json requests.jsonl
+  curl localhost:8000/v1/models
+
+\b
+Limits: queue, body, choices, stops, stop_length, logprobs, headers, connections,
+receive_seconds, send_seconds, idle_seconds, stall_seconds, drain_seconds."""
+
+_HERE = ("127.0.0.1", "localhost", "::1")
 
 
 @click.command(cls=Command, epilog=_EPILOG)
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
-@click.option("--api-key", help="Clients must send it as a bearer token.")
+@click.option("--api-key", "keys", multiple=True, help="A key that clients may send; repeatable.")
+@click.option(
+    "--api-key-file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A file with a key on each line.",
+)
 @click.option("--insecure", is_flag=True, help="Serve other machines without a key.")
+@click.option("--allowed-host", multiple=True, help="A name that requests may be for; repeatable.")
+@click.option("--cors-origin", multiple=True, help="A site whose pages may ask; repeatable.")
 @click.option("--served-model-name", help="Name that requests use; default the folder's.")
 @click.option(
     "--slots",
@@ -32,36 +50,94 @@ Examples:
     type=click.IntRange(1, 256),
     help="Requests that run at a time; others wait.",
 )
+@click.option("--limit", "limits", multiple=True, metavar="NAME=NUMBER", help="See below.")
+@click.option("--log-json", metavar="FILE", help="A line of JSON for each request; - for stderr.")
+@click.option("--log-prompts", is_flag=True, help="With what was asked.")
 @serving_options
 def command(
     path: Path,
     host: str,
     port: int,
-    api_key: str | None,
+    keys: tuple[str, ...],
+    api_key_file: Path | None,
     insecure: bool,
+    allowed_host: tuple[str, ...],
+    cors_origin: tuple[str, ...],
     served_model_name: str | None,
     slots: int,
+    limits: tuple[str, ...],
+    log_json: str | None,
+    log_prompts: bool,
     serving: dict[str, Any],
 ) -> None:
-    """Serve PATH over OpenAI's protocol: models, completions, chat completions, streaming."""
-    if host not in ("127.0.0.1", "localhost", "::1") and not (api_key or insecure):
+    """Serve PATH over OpenAI's protocol: chat, completions, responses, streaming, a page at /."""
+    known = _keys(keys, api_key_file)
+    local = host in _HERE
+    if not local and not (known or insecure):
         raise InputError(f"--host {host} opens the model to others; add --api-key or --insecure.")
     listener = _listen(host, port)  # before the model is loaded: a taken port is told at once
-    import uvicorn
-
-    from qexport.runtime.server import create_app
+    from qexport.runtime.server import RequestLog, create_app, run
     from qexport.runtime.serving import Serving, open_generator
 
-    generator = open_generator(path, Serving(slots=slots, **serving))
+    bounds = _limits(limits)
+    generator = open_generator(path, Serving(slots=slots, **serving), waiting=bounds.queue)
     name = served_model_name or path.resolve().name
-    app = create_app(generator, name, api_key)
-    address = f"http://{host}:{listener.getsockname()[1]}/v1"
+    hosts: tuple[str, ...] | None = allowed_host or None
+    if local and not known:
+        hosts = (*_HERE, "[::1]", *allowed_host)
+    log = None
+    if log_json is not None:
+        try:
+            log = RequestLog(log_json, log_prompts)
+        except OSError as error:
+            raise InputError(f"{log_json} cannot be written ({error.strerror}).") from error
+    app = create_app(
+        generator, name, limits=bounds, keys=known, hosts=hosts, origins=cors_origin, log=log
+    )
+    if generator.has_template:
+        generator.templates.start()
+    shown = f"[{host}]" if ":" in host else host
+    address = f"http://{shown}:{listener.getsockname()[1]}/v1"
     console = progress_console()
     console.print(f"serving {name} at {address}", highlight=False, soft_wrap=True)
     about = f"{slots} requests at a time, by {generator.decoder.kernels}"
     console.print(about, highlight=False, soft_wrap=True)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10)
-    uvicorn.Server(config).run(sockets=[listener])
+    try:
+        run(app, listener, bounds)
+    finally:
+        generator.close()
+
+
+def _keys(given: tuple[str, ...], file: Path | None) -> list[str]:
+    """Keys of the options and the file. Raises InputError for an empty one."""
+    keys = list(given)
+    if file is not None:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        keys += [line.strip() for line in lines if line.strip()]
+        if not keys:
+            raise InputError(f"{file} holds no key.")
+    if any(not key.strip() or not key.isascii() for key in keys):
+        raise InputError("an API key is not empty, and of ASCII characters.")
+    return keys
+
+
+def _limits(given: tuple[str, ...]) -> "Limits":
+    """Limits with those that are given. Raises InputError."""
+    from qexport.runtime.server.limits import Limits
+
+    kinds = {f.name: float if isinstance(f.default, float) else int for f in fields(Limits)}
+    found: dict[str, Any] = {}
+    for text in given:
+        name, _, number = text.partition("=")
+        if name not in kinds:
+            raise InputError(f"there is no limit {name!r}; there are {', '.join(kinds)}.")
+        try:
+            found[name] = kinds[name](number)
+        except ValueError as error:
+            raise InputError(f"--limit {name} takes a number, not {number!r}.") from error
+        if not found[name] > 0:
+            raise InputError(f"--limit {name} is more than 0.")
+    return Limits(**found)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -99,7 +99,8 @@ def test_chat_whole_and_streamed_agree(client: openai.OpenAI) -> None:
     assert reasons[-1] == whole.choices[0].finish_reason
     assert set(reasons[:-1]) == {None}
     assert chunks[-1].choices == []
-    assert chunks[-1].usage == whole.usage
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
 
 
 def test_completions_by_text_and_by_tokens(client: openai.OpenAI) -> None:
@@ -108,7 +109,8 @@ def test_completions_by_text_and_by_tokens(client: openai.OpenAI) -> None:
         model="tiny-4bit", prompt=_ids("ab"), max_tokens=5, temperature=0
     )
     assert text.choices[0].text == ids.choices[0].text
-    assert text.usage == ids.usage
+    assert text.usage is not None and ids.usage is not None
+    assert text.usage.prompt_tokens == ids.usage.prompt_tokens == 2
     streamed = client.completions.create(
         model="tiny-4bit", prompt="ab", max_tokens=5, temperature=0, stream=True
     )
@@ -170,10 +172,13 @@ CHAT = {"model": "tiny-4bit", "messages": MESSAGES}
         ("/chat/completions", {**CHAT, "max_tokens": "abc"}, 400, "max_tokens"),
         ("/chat/completions", {**CHAT, "max_tokens": -5}, 400, "max_tokens"),
         ("/chat/completions", {**CHAT, "temperature": 9}, 400, "temperature"),
-        ("/chat/completions", {**CHAT, "n": 2}, 400, "n"),
+        ("/chat/completions", {**CHAT, "n": 99}, 400, "n"),
+        ("/chat/completions", {**CHAT, "best_of": 2}, 400, "best_of"),
+        ("/chat/completions", {**CHAT, "max_tokens": True}, 400, "max_tokens"),
+        ("/chat/completions", {**CHAT, "max_tokens": "8"}, 400, "max_tokens"),
         ("/chat/completions", {**CHAT, "guided_json": {}}, 400, "guided_json"),
         ("/chat/completions", {**CHAT, "chat_template": "{{ 1 }}"}, 400, "chat_template"),
-        ("/chat/completions", {**CHAT, "stop": ["a"] * 5}, 400, "stop"),
+        ("/chat/completions", {**CHAT, "stop": ["a"] * 17}, 400, "stop"),
         ("/chat/completions", {**CHAT, "stop": ""}, 400, "stop"),
         ("/chat/completions", {**CHAT, "max_tokens": 100000}, 400, None),
         ("/completions", {"model": "tiny-4bit", "prompt": ""}, 400, None),

@@ -1,0 +1,365 @@
+"""OpenAI's requests, as far as this server speaks them; every other field is refused by name."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from qexport.runtime.sampler import Sampling
+from qexport.runtime.server.errors import FieldError
+from qexport.runtime.server.limits import Limits
+
+__all__ = [
+    "ChatRequest",
+    "CompletionRequest",
+    "DetokenizeRequest",
+    "GenerateRequest",
+    "Message",
+    "ResponseFormat",
+    "ResponsesRequest",
+    "TokenizeRequest",
+    "Tool",
+    "ToolChoice",
+]
+
+_TEMPLATE_VARIABLES = ("enable_thinking", "thinking", "reasoning_effort")
+_LONGEST_TEMPLATE_VALUE = 100
+
+Token = Annotated[int, Field(ge=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
+
+
+class StreamOptions(_Strict):
+    include_usage: bool | None = None
+
+
+class GenerateRequest(_Strict):
+    """What requests for text have in common."""
+
+    model: str
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(default=None, ge=1)
+    ignore_eos: bool | None = None
+    user: str | None = None
+
+    @model_validator(mode="after")
+    def _streams(self) -> "GenerateRequest":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options are for streams")
+        return self
+
+    @property
+    def choices(self) -> int:
+        return self.n or 1
+
+    def wanted_logprobs(self) -> int | None:
+        """Most probable tokens that are wanted beside each one; None for no logprobs."""
+        return None
+
+    def limit(self) -> int | None:
+        """Tokens that may be generated, where the request says."""
+        return self.max_tokens
+
+    def sampling(self, max_tokens: int, limits: Limits, index: int = 0) -> Sampling:
+        """How choice `index` is sampled. Raises FieldError."""
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        _check(len(stops) <= limits.stops, f"more than {limits.stops} stop strings", "stop")
+        wrong = any(not stop or len(stop) > limits.stop_length for stop in stops)
+        _check(not wrong, f"a stop string has 1 to {limits.stop_length} characters", "stop")
+        logprobs = self.wanted_logprobs()
+        most = limits.logprobs
+        _check((logprobs or 0) <= most, f"at most {most} logprobs are given", "logprobs")
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=max(0, self.top_k or 0),
+            min_p=self.min_p or 0.0,
+            repetition_penalty=self.repetition_penalty or 1.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            logit_bias=_biases(self.logit_bias),
+            seed=None if self.seed is None else (self.seed + index) % 2**63,
+            stop=stops,
+            logprobs=logprobs,
+            ignore_end=bool(self.ignore_eos),
+        )
+
+
+class CompletionRequest(GenerateRequest):
+    """POST /v1/completions; prompts are texts or token ids."""
+
+    prompt: str | list[Token] | list[str] | list[list[Token]]
+    echo: bool | None = None
+    logprobs: int | None = Field(default=None, ge=0)
+    best_of: Literal[1] | None = None
+    suffix: None = None
+
+    @model_validator(mode="after")
+    def _scored(self) -> "CompletionRequest":
+        if self.echo and self.logprobs is not None:
+            raise ValueError("logprobs of an echoed prompt are not served")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if all(isinstance(part, int) for part in self.prompt) and self.prompt:
+            return [[int(part) for part in self.prompt if isinstance(part, int)]]
+        return [part for part in self.prompt if not isinstance(part, int)]
+
+    def wanted_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+class TextPart(_Strict):
+    type: Literal["text", "input_text", "output_text"]
+    text: str
+
+
+class FunctionCall(_Strict):
+    name: str
+    arguments: str
+
+
+class ToolCall(_Strict):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
+class Message(_Strict):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    refusal: None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> "Message":
+        if self.content is None and not self.tool_calls:
+            raise ValueError("a message has content, or the assistant's tool_calls")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls are the assistant's")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """The form that chat templates take."""
+        found: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": _text(self.content),
+        }
+        if self.tool_calls:
+            found["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            found["tool_call_id"] = self.tool_call_id
+        if self.name is not None:
+            found["name"] = self.name
+        return found
+
+
+class Function(_Strict):
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Strict):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(_Strict):
+    name: str
+
+
+class NamedTool(_Strict):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
+
+
+class Schema(_Strict):
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Schema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema belongs to the type json_schema, and only to it")
+        return self
+
+
+class ChatRequest(GenerateRequest):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0)
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = Field(default=None, max_length=128)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, bool | int | str] | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs need logprobs: true")
+        if self.tool_choice not in (None, "none") and not self.tools:
+            raise ValueError("tool_choice needs tools")
+        return self
+
+    def wanted_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    def template_variables(self) -> dict[str, Any]:
+        """Raises FieldError for those that templates must not get from a request."""
+        found = self.chat_template_kwargs or {}
+        for name, value in found.items():
+            known = ", ".join(_TEMPLATE_VARIABLES)
+            text = f"{name[:50]} is not a template's variable that requests may set; {known} are"
+            _check(name in _TEMPLATE_VARIABLES, text, "chat_template_kwargs")
+            short = not isinstance(value, str) or len(value) <= _LONGEST_TEMPLATE_VALUE
+            _check(short, f"{name} is too long", "chat_template_kwargs")
+        return dict(found)
+
+
+class TextFormat(_Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class TextOptions(_Strict):
+    format: TextFormat | None = None
+
+
+class InputMessage(_Strict):
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    id: str | None = None
+    status: str | None = None
+
+
+class ResponsesRequest(_Strict):
+    """POST /v1/responses, for text; nothing is stored."""
+
+    model: str
+    input: str | list[InputMessage]
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    stream: bool | None = None
+    text: TextOptions | None = None
+    metadata: dict[str, str] | None = Field(default=None, max_length=16)
+    store: Literal[False] | None = None
+    user: str | None = None
+    previous_response_id: None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+
+    def as_chat(self) -> ChatRequest:
+        """The same as a chat. Raises FieldError for an empty input."""
+        messages = [Message(role="system", content=self.instructions)] if self.instructions else []
+        if isinstance(self.input, str):
+            messages.append(Message(role="user", content=self.input))
+        else:
+            messages += [Message(role=m.role, content=m.content) for m in self.input]
+        _check(bool(messages), "the input is empty", "input")
+        found = None if self.text is None or self.text.format is None else self.text.format
+        return ChatRequest(
+            model=self.model,
+            messages=messages,
+            max_completion_tokens=self.max_output_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            stream=self.stream,
+            response_format=None if found is None else _response_format(found),
+        )
+
+
+class TokenizeRequest(_Strict):
+    """POST /tokenize: a text, or a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1)
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("either prompt or messages are needed")
+        return self
+
+
+class DetokenizeRequest(_Strict):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[Token]
+
+
+def _check(holds: bool, message: str, param: str) -> None:
+    if not holds:
+        raise FieldError(f"{param}: {message}.", param)
+
+
+def _text(content: str | list[TextPart] | None) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(part.text for part in content)
+
+
+def _biases(given: dict[str, float] | None) -> dict[int, float]:
+    found = {}
+    for token, bias in (given or {}).items():
+        _check(token.isascii() and token.isdigit(), "keys are token ids", "logit_bias")
+        _check(len(token) < 10 and -100 <= bias <= 100, "values are -100 to 100", "logit_bias")
+        found[int(token)] = bias
+    return found
+
+
+def _response_format(text: TextFormat) -> ResponseFormat:
+    if text.type != "json_schema":
+        return ResponseFormat(type=text.type)
+    _check(text.schema_ is not None, "a json_schema has a schema", "text")
+    name = text.name or "answer"
+    return ResponseFormat(type="json_schema", json_schema=Schema(name=name, schema=text.schema_))

@@ -1,0 +1,109 @@
+"""The responses API, for text: its bodies and its events."""
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from qexport.errors import QexportError
+from qexport.runtime.server.requests import ResponsesRequest
+from qexport.runtime.server.service import Exchange
+from qexport.runtime.server.streams import event
+
+__all__ = ["Response"]
+
+
+class Response:
+    """One response as it grows."""
+
+    def __init__(self, body: ResponsesRequest, exchange: Exchange) -> None:
+        self._body, self._exchange = body, exchange
+        self._id, self._item = f"resp_{uuid.uuid4().hex}", f"msg_{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._number = 0
+
+    def whole(self, error: str | None = None) -> dict[str, Any]:
+        """The body, as far as it has come."""
+        body, choice = self._body, self._exchange.choices[0]
+        cut = choice.finish == "length"
+        status = "in_progress" if choice.finish is None else "incomplete" if cut else "completed"
+        done = choice.finish is not None
+        return {
+            "id": self._id,
+            "object": "response",
+            "created_at": self._created,
+            "status": "failed" if error else status,
+            "error": {"code": "server_error", "message": error} if error else None,
+            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": body.metadata or {},
+            "model": body.model,
+            "output": [self._message(status, choice.text)] if done else [],
+            "parallel_tool_calls": False,
+            "previous_response_id": None,
+            "store": False,
+            "temperature": 1.0 if body.temperature is None else body.temperature,
+            "text": body.text.model_dump(by_alias=True)
+            if body.text
+            else {"format": {"type": "text"}},
+            "tool_choice": "none",
+            "tools": [],
+            "top_p": 1.0 if body.top_p is None else body.top_p,
+            "truncation": "disabled",
+            "usage": self._usage() if done else None,
+            "user": body.user,
+        }
+
+    async def events(self) -> AsyncGenerator[str, None]:
+        """The stream's events, in OpenAI's order."""
+        place = {"output_index": 0, "item_id": self._item, "content_index": 0}
+        try:
+            yield self._event("response.created", response=self.whole())
+            yield self._event("response.in_progress", response=self.whole())
+            item = {**self._message("in_progress", ""), "content": []}
+            yield self._event("response.output_item.added", output_index=0, item=item)
+            yield self._event("response.content_part.added", **place, part=_part(""))
+            async with aclosing(self._exchange.deltas()) as deltas:
+                async for _, delta in deltas:
+                    if delta.text:
+                        more = {**place, "delta": delta.text, "logprobs": []}
+                        yield self._event("response.output_text.delta", **more)
+            text = self._exchange.choices[0].text
+            done = {**place, "text": text, "logprobs": []}
+            yield self._event("response.output_text.done", **done)
+            yield self._event("response.content_part.done", **place, part=_part(text))
+            whole = self.whole()
+            item = whole["output"][0]
+            yield self._event("response.output_item.done", output_index=0, item=item)
+            yield self._event(f"response.{whole['status']}", response=whole)
+        except QexportError as error:
+            yield self._event("response.failed", response=self.whole(str(error)))
+        except Exception:  # the answer has begun: an event is the only way to say it
+            yield self._event("response.failed", response=self.whole("internal error."))
+
+    def _event(self, kind: str, **content: Any) -> str:
+        self._number += 1
+        return event({"type": kind, "sequence_number": self._number - 1, **content}, kind)
+
+    def _message(self, status: str, text: str) -> dict[str, Any]:
+        content = [_part(text)]
+        return {
+            **{"id": self._item, "type": "message", "role": "assistant"},
+            **{"status": status, "content": content},
+        }
+
+    def _usage(self) -> dict[str, Any]:
+        counts = self._exchange.counts
+        return {
+            "input_tokens": counts.prompt,
+            "input_tokens_details": {"cached_tokens": counts.cached},
+            "output_tokens": counts.completion,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": counts.prompt + counts.completion,
+        }
+
+
+def _part(text: str) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
