@@ -249,6 +249,10 @@ def _add_page(app: FastAPI, service: Service) -> None:
 
         app.add_api_route(path, page, include_in_schema=False, response_model=None)
 
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def icon() -> Response:
+        return Response(status_code=204)
+
 
 def _document_errors(app: FastAPI) -> None:
     """The form of errors in /openapi.json, instead of FastAPI's own."""

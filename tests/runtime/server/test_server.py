@@ -2,10 +2,7 @@
 
 import asyncio
 import json
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,54 +11,12 @@ import openai
 import pytest
 from anyio import to_thread
 
-from qexport.formats import FORMATS, open_checkpoint
-from qexport.formats.pack import pack
 from qexport.runtime.server import create_app
 from qexport.runtime.serving import Serving, open_generator
-from qexport.tiny import write_tiny_model
 from tests.conftest import Cli, Runs
+from tests.runtime.server.conftest import Server
 
 KEY = "s3cret"
-
-
-class Server:
-    def __init__(self, path: Path, *options: str) -> None:
-        command = [sys.executable, "-m", "qexport", "serve", str(path), "--port", "0", *options]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        assert self.process.stderr is not None
-        line = self.process.stderr.readline()
-        assert line.startswith("serving "), line
-        _, self.model, _, self.url = line.split()
-        self.errors: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        self.errors.extend(self.process.stderr)
-
-    def stop(self) -> int:
-        self.process.terminate()
-        code = self.process.wait(timeout=30)
-        self._reader.join(timeout=5)
-        assert self.process.stderr is not None
-        self.process.stderr.close()
-        return code
-
-
-@pytest.fixture(scope="module")
-def server(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    out = tmp_path_factory.mktemp("served") / "tiny-4bit"
-    pack(open_checkpoint(runs("4")), FORMATS["gptq"], out)
-    running = Server(out)
-    yield running
-    running.stop()
-    assert "Traceback" not in "".join(running.errors)
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
 
 
 MESSAGES: list[Any] = [{"role": "user", "content": "hello"}]
@@ -215,13 +170,9 @@ def test_bodies_that_are_not_requests(server: Server) -> None:
 
 
 @pytest.mark.parametrize("key", [(), ("--api-key", KEY)])
-def test_a_client_that_goes_away_frees_the_model(tmp_path: Path, key: tuple[str, ...]) -> None:
+def test_a_client_that_goes_away_frees_the_model(endless: Path, key: tuple[str, ...]) -> None:
     """Each abandoned stream would run for minutes; the next request is answered in seconds."""
-    model = write_tiny_model(tmp_path / "long", max_position_embeddings=200_000, eos_token_id=None)
-    described = json.loads((model / "tokenizer_config.json").read_text())
-    described.pop("eos_token")  # nothing but max_tokens ends it
-    (model / "tokenizer_config.json").write_text(json.dumps(described))
-    server = Server(model, "--slots", "1", *key)
+    server = Server(endless, "--slots", "1", *key)
     headers = {"Authorization": f"Bearer {KEY}"}
     body = {
         "model": "long",
