@@ -16,6 +16,7 @@ __all__ = ["Constraint", "Grammar", "Grammars", "check_schema"]
 
 _LARGEST_SCHEMA = 64 << 10  # bytes
 _DEEPEST_SCHEMA = 64
+_FORM = {"whitespace_pattern": "[ ]?"}  # a model must not end its days in blanks
 
 
 class Grammar:
@@ -75,7 +76,7 @@ class Grammars:
 
         check_schema(schema)
         try:
-            text = LLMatcher.grammar_from_json_schema(schema)
+            text = LLMatcher.grammar_from_json_schema(schema, overrides=_FORM)
             wrong = LLMatcher.validate_grammar(text, self.tokenizer)
         except Exception as error:  # a Rust panic is an Exception of its own
             wrong = str(error)
