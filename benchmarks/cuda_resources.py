@@ -40,7 +40,7 @@ KINDS = [
         for bits, zero in ((1, 1), (2, 3), (3, 8), (4, 16))
         for span in (32, 128, 0)
     ),
-    *((bits, 0, True, span) for bits in (2, 4) for span in (32, 128)),
+    *((bits, 0, True, span) for bits in (2, 3, 4) for span in (32, 128)),
 ]
 _LINE = re.compile(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)")
 _LABEL = re.compile(r"^(\.L_x_\d+):")

@@ -5,9 +5,9 @@
 
 Each time is a CUDA graph's: one call for each of several copies of a weight, more together than the
 L2 cache holds. Medians of replays, and the spread (the quartiles' distance over the median). `GB/s`
-counts packed weights and scales once; `copy` is what a copy on the same device moved, read and
-written. Cells that the result file has already are not measured again; after --seconds the rest
-is left for another call.
+counts packed weights and scales once, cuBLAS's too; `copy` is what a copy on the same device moved,
+read and written; `error` is relative, against float64. Cells that the result file has already are
+not measured again; after --seconds the rest is left for another call.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -26,13 +27,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_peers import PEERS, Call
+from benchmarks.gpu_peers import PEERS, Call, Prepare
 from qexport.errors import UnsupportedError
 from qexport.grid import INT3, INT4, SEQ2, Grid, Scheme
 from qexport.runtime.kernels.cuda_launch import architecture
-from qexport.runtime.kernels.cuda_matmul import PackedWeight, dense_matmul, tile_matmul
-from qexport.runtime.kernels.cuda_source import Tile, WeightKind
-from qexport.runtime.kernels.cuda_tiles import BUCKETS, TABLE, candidates, tile_for
+from qexport.runtime.kernels.cuda_matmul import PackedWeight, dense_matmul, matmul_text, tile_matmul
+from qexport.runtime.kernels.cuda_source import Tile, WeightKind, compiled
+from qexport.runtime.kernels.cuda_tiles import BUCKETS, TABLE, candidates, forget_table, tile_for
 from qexport.tensor import QuantizedTensor
 
 ROOT = Path(__file__).parent.parent
@@ -41,12 +42,14 @@ SQUARE = (8192, 8192)
 LLAMA = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_BYTES = 192 << 20  # of weights in rotation: three times the L2 cache of an H200
-_MOST_COPIES = 24
+_BYTES = 400 << 20  # of weights in rotation: eight times the L2 cache of an H200
 _REPLAYS = 15
+_FINALISTS = 5  # tiles that are measured on all layers
+_SAME = {2: 1, 4: 1}  # numbers of tokens that take the tile of another
 _FIRST_CALL = """
 import time, torch
 from qexport.grid import SEQ2, Scheme
+from qexport.runtime.kernels.cuda import CudaKernel
 from qexport.tensor import QuantizedTensor
 codes = torch.zeros(4096, 4096, dtype=torch.uint8, device="cuda")
 scales = torch.ones(4096, 32, dtype=torch.float16, device="cuda")
@@ -63,7 +66,7 @@ print(time.perf_counter() - begin)
 
 def timed(calls: Sequence[Callable[[], object]]) -> tuple[float, float]:
     """Microseconds of one call: the median over replays, and the spread."""
-    for call in calls[:2]:
+    for call in calls:  # some pack their weights when they are first called
         call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -107,7 +110,7 @@ def weight_bytes(weight: QuantizedTensor) -> int:
 
 def copies_of(grid: Grid, group: int | None, shape: tuple[int, int]) -> list[QuantizedTensor]:
     first = random_weight(grid, group, shape)
-    count = min(_MOST_COPIES, -(-_BYTES // weight_bytes(first)))
+    count = -(-_BYTES // weight_bytes(first))
     return [first, *(random_weight(grid, group, shape) for _ in range(count - 1))]
 
 
@@ -164,70 +167,115 @@ def _compare_weight(
     size = weight_bytes(weights[0])
     calls: dict[str, list[Call]] = {}
     for peer, prepare in PEERS.items():
-        made = prepare(weights[0], half)
+        made = _prepared(prepare, weights, half)
         if isinstance(made, str):
             results.data.setdefault("absent", {})[f"{peer} {grid_name} {half_name}"] = made
-            continue
-        rest = [prepare(weight, half) for weight in weights[1:]]
-        calls[peer] = [made, *(call for call in rest if not isinstance(call, str))]
+        else:
+            calls[peer] = made
+    dense = weights[0].dequantize(torch.float64)
     for tokens, name in names.items():
         x = activations(tokens, shape[1], half)
+        want = x.double() @ dense.T
 
-        def measure(x: Tensor = x) -> dict[str, dict[str, float]]:
-            found = {}
-            for peer, each in calls.items():
-                micros, spread = timed([partial(call, x) for call in each])
-                rate = size / micros / 1000
-                found[peer] = {
-                    "us": round(micros, 2),
-                    "spread": round(spread, 3),
-                    "GB/s": round(rate, 1),
-                }
-            return found
+        def measure(x: Tensor = x, want: Tensor = want) -> dict[str, dict[str, float] | str]:
+            return {peer: _cell(each, x, want, size) for peer, each in calls.items()}
 
         results.cell(name, measure)
 
 
+def _prepared(
+    prepare: Prepare, weights: list[QuantizedTensor], half: torch.dtype
+) -> list[Call] | str:
+    try:
+        made = [prepare(weight, half) for weight in weights]
+    except Exception as error:  # a peer's own: its cell says so
+        return repr(error)[:200]
+    refused = next((call for call in made if isinstance(call, str)), None)
+    return refused or [call for call in made if not isinstance(call, str)]
+
+
+def _cell(calls: list[Call], x: Tensor, want: Tensor, size: int) -> dict[str, float] | str:
+    """One kernel's time, and its error against float64; what is wrong where it fails."""
+    try:
+        error = float((calls[0](x).double() - want).norm() / want.norm())
+        micros, spread = timed([partial(call, x) for call in calls])
+    except Exception as failure:  # a peer's own: its cell says so
+        return repr(failure)[:200]
+    return {
+        **{"us": round(micros, 2), "spread": round(spread, 3)},
+        **{"GB/s": round(size / micros / 1000, 1), "error": round(error, 6)},
+    }
+
+
 def tune(results: Results, half: torch.dtype = torch.bfloat16) -> None:
-    """The fastest tile of each kind and number of tokens, over the layers of Llama-3-8B."""
+    """The fastest tile of each kind and number of tokens, over layers of Llama-3-8B.
+
+    All are compiled first, by every core, and tried on one layer; the best few run on the others.
+    """
     machine = architecture(torch.device("cuda", torch.cuda.current_device()))
     table = json.loads(TABLE.read_text()) if TABLE.is_file() else {}
-    tiles = table.setdefault(machine, {}).setdefault("tiles", {})
-    for group in (128, 64, 32, None):
-        for grid in GRIDS.values():
-            kind = WeightKind.of(Scheme(grid, group))
-            place = tiles.setdefault(f"{kind.bits}/{kind.span}", {})
-            layers = [
-                [PackedWeight.of(weight, None) for weight in copies_of(grid, group, shape)]
-                for shape in LLAMA[1:]
-            ]
-            for tokens in BUCKETS:
-                if str(tokens) in place or results.out_of_time:
-                    continue
-                times = {
-                    tile: _time_tile(tile, layers, tokens, half)
-                    for tile in candidates(machine, kind, tokens)
-                }
-                best = min(times, key=lambda tile: times[tile])
-                place[str(tokens)] = asdict(best)
-                first = next(iter(times.values()))
-                print(
-                    kind.bits, kind.span, tokens, best, f"{first / times[best]:.2f} times the rule"
-                )
-                TABLE.write_text(json.dumps(table, indent=1) + "\n")
-    if "dense" not in table[machine] and not results.out_of_time:
-        table[machine]["dense"] = _dense_from(half)
-        TABLE.write_text(json.dumps(table, indent=1) + "\n")
+    place = table.setdefault(machine, {})
+    tiles = place.setdefault("tiles", {})
+    kinds = [(group, grid) for group in (128, 64, 32, None) for grid in GRIDS.values()]
+    for group, grid in kinds:
+        kind = WeightKind.of(Scheme(grid, group))
+        found = tiles.setdefault(f"{kind.bits}/{kind.span}", {})
+        if results.out_of_time or all(str(tokens) in found for tokens in BUCKETS):
+            continue
+        layers = [
+            [PackedWeight.of(weight, None) for weight in copies_of(grid, group, shape)]
+            for shape in LLAMA[1:]
+        ]
+        for tokens in BUCKETS:
+            if tokens in _SAME:
+                found.setdefault(str(tokens), found.get(str(_SAME[tokens])))
+            if results.out_of_time or found.get(str(tokens)):
+                continue
+            best, gain = _best_tile(machine, kind, layers, tokens, half)
+            found[str(tokens)] = asdict(best)
+            print(kind.bits, kind.span, tokens, best, f"{gain:.2f} times the rule", flush=True)
+            _write_table(table)
+    if "dense" not in place and not results.out_of_time:
+        place["dense"] = _dense_from(half)
+        _write_table(table)
+
+
+def _best_tile(
+    machine: str,
+    kind: WeightKind,
+    layers: list[list[PackedWeight]],
+    tokens: int,
+    half: torch.dtype,
+) -> tuple[Tile, float]:
+    """The fastest tile that gives what the rule's gives, and how much faster it is."""
+    tiles = candidates(machine, kind, tokens)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda tile: compiled(matmul_text(kind, tile, half), machine), tiles))
+    first = {tile: _time_tile(tile, layers[:1], tokens, half, tiles[0]) for tile in tiles}
+    chosen = sorted(first, key=lambda tile: first[tile])[:_FINALISTS]
+    last = {tile: _time_tile(tile, layers, tokens, half, tiles[0]) for tile in {*chosen, tiles[0]}}
+    best = min(last, key=lambda tile: last[tile])
+    return best, (last[tiles[0]] / last[best]) ** (1 / len(layers))
+
+
+def _write_table(table: dict[str, Any]) -> None:
+    TABLE.write_text(json.dumps(table, indent=1) + "\n")
+    tile_for.cache_clear()
+    forget_table()
 
 
 def _time_tile(
-    tile: Tile, layers: list[list[PackedWeight]], tokens: int, half: torch.dtype
+    tile: Tile, layers: list[list[PackedWeight]], tokens: int, half: torch.dtype, rule: Tile
 ) -> float:
-    """Product of times over layers; infinite for a tile that cannot run."""
+    """Product of times over layers; infinite for a tile that cannot run, or is not right."""
     total = 1.0
     for layer in layers:
         x = activations(tokens, layer[0].inputs, half)
         try:
+            want = tile_matmul(x, layer[0], rule).float()
+            if (tile_matmul(x, layer[0], tile).float() - want).norm() > want.norm() * 0.01:
+                print(tile, "gives something else than the rule's tile")
+                return float("inf")
             total *= timed([partial(tile_matmul, x, weight, tile) for weight in layer])[0]
         except UnsupportedError as error:  # more shared memory or registers than there are
             print(tile, error)

@@ -7,6 +7,7 @@ the time of a step.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -112,6 +113,7 @@ def measure(decoder: CudaDecoder, batch: int) -> list[float]:
         spans = [Span(slot, at, [token], at + 1) for slot, token in enumerate(tokens)]
         begin = time.perf_counter()
         tokens = decoder.choose(spans, draws)
+        assert min(tokens) >= 0, "logits are NaN"
         times.append(time.perf_counter() - begin)
     return times[8:]
 
@@ -152,6 +154,7 @@ def main() -> None:
         result = {"copy GB/s": round(bandwidth, 1), "torch": torch.__version__, "table": table}
         path.write_text(json.dumps(result, indent=1) + "\n")
         del decoder
+        gc.collect()  # steps and their decoder know each other
         torch.cuda.empty_cache()
 
 

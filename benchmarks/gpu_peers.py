@@ -73,7 +73,10 @@ def _gemlite(weight: QuantizedTensor, half: torch.dtype) -> Call | str:
     out, inputs = weight.shape
     dtype = {torch.float16: DType.FP16, torch.bfloat16: DType.BF16}[half]
     layer: Any = GemLiteLinear(bits, group, inputs, out, input_dtype=dtype, output_dtype=dtype)
-    zeros = torch.full_like(weight.scales, weight.scheme.grid.middle, dtype=half)
+    middle = weight.scheme.grid.middle
+    zeros: Any = int(middle)
+    if middle % 1:
+        zeros = torch.full_like(weight.scales, middle, dtype=half)
     layer.pack(weight.codes, weight.scales.to(half), zeros, None)
     made: Call = layer
     return made

@@ -3,7 +3,7 @@
 Prompts run through `TorchDecoder`. Sequences that take one token each are batched: a step's numbers
 go to the device in one copy, and its tokens come back in one. A graph is captured for each size of
 batch and each way of choosing when it is first wanted; batches are filled up to such a size with
-rows that work on a slot of their own.
+rows that have no slot.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,9 +23,10 @@ from qexport.runtime.model import Span, TorchDecoder
 __all__ = ["BATCHES", "CudaDecoder"]
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
+_NO_SLOT = -1  # of rows that fill a batch up
 _NUMBERS = 10  # that a row has
 _LOGITS = -1  # no way of choosing: logits come back
-_KEYS_OF_A_PART = 256  # fewer keys than that are not divided further
+_KEYS_OF_A_PART = 128  # fewer keys than that are not divided further
 _MOST_SPLITS = 32
 
 
@@ -66,17 +67,26 @@ class CudaDecoder(TorchDecoder):
         super().__init__(
             checkpoint,
             config,
-            slots=slots + 1,  # the last is the filling rows'
+            slots=slots,
             context=context,
             device=device,
             dtype=dtype,
             kernel=kernel,
             head_bits=head_bits,
         )
-        self.slots = slots
+        self._tables = torch.stack(self._rope)
         self._steps: dict[tuple[int, int], _Step] = {}
-        self._pool: Any = None if device.type == "cpu" else torch.cuda.graph_pool_handle()
-        self._idle = _Row(0, 0, slots, 0, Draw())
+        self._captures = _Captures(device) if device.type == "cuda" else None
+        self._idle = _Row(0, 0, _NO_SLOT, 0, Draw())
+        if self._captures is not None:
+            self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Record graphs of greedy steps: no request is to wait for kernels to be compiled."""
+        most = next((size for size in BATCHES if size >= self.slots), BATCHES[-1])
+        with torch.inference_mode():
+            for size in BATCHES[: BATCHES.index(most) + 1]:
+                self._steps[size, 0] = _Step(self, size, 0)
 
     @torch.inference_mode()
     def forward(self, spans: Sequence[Span]) -> Tensor:
@@ -87,7 +97,8 @@ class CudaDecoder(TorchDecoder):
             logits = self._logits(rest).cpu()
             found = dict(zip((s.slot for s in rest if s.logits), logits, strict=True))
         for batch in _batches(one):
-            logits = self._step(batch, [Draw()] * len(batch), _LOGITS)
+            # a copy: the next batch of this size is written to the same place
+            logits = self._step(batch, [Draw()] * len(batch), _LOGITS).clone()
             found.update(zip((span.slot for span in batch), logits, strict=True))
         if not wanted:
             return torch.empty(0, self.vocabulary)
@@ -142,7 +153,7 @@ class CudaDecoder(TorchDecoder):
         tokens, positions, slots, table = numbers[:4].long()
         splits = self._splits(len(tokens))
         x = embedding(tokens, self._embedding).to(self._dtype) * config.embedding_scale
-        angles = positions.float()[:, None] * torch.stack(self._rope)[table]
+        angles = positions.float()[:, None] * self._tables[table]
         rotation = angles.cos() * config.rope.factor, angles.sin() * config.rope.factor
         delta: Tensor | None = None
         for index, layer in enumerate(self._layers):
@@ -185,7 +196,8 @@ class _Step:
         self._compute: Callable[[], Tensor] = lambda: decoder.compute(self._there, how)
         self._fill([decoder._idle] * batch)
         if on_gpu:
-            self._capture(device, decoder._pool)
+            assert decoder._captures is not None
+            self._capture(device, decoder._captures)
 
     def run(self, rows: Sequence[_Row]) -> Tensor:
         """The result on the host, for as many rows as the batch has."""
@@ -201,9 +213,9 @@ class _Step:
         table = [row.numbers(self._vocabulary) for row in rows]
         self._numbers.numpy()[:] = np.array(table).T
 
-    def _capture(self, device: torch.device, pool: Any) -> None:
+    def _capture(self, device: torch.device, captures: "_Captures") -> None:
         """Run it once, so that kernels are compiled and loaded, and record it with its copies."""
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream = captures.stream
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             self._there.copy_(self._numbers, non_blocking=True)
@@ -211,9 +223,19 @@ class _Step:
         torch.cuda.current_stream(device).wait_stream(stream)
         self._result = torch.empty(made.shape, dtype=made.dtype, pin_memory=True)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool, stream=stream):
+        with torch.cuda.graph(
+            self._graph, pool=captures.pool, stream=stream, capture_error_mode="thread_local"
+        ):
             self._there.copy_(self._numbers, non_blocking=True)
             self._result.copy_(self._compute(), non_blocking=True)
+
+
+class _Captures:
+    """What the graphs of one decoder share: only captures on one stream share their memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.pool: Any = torch.cuda.graph_pool_handle()
 
 
 def _parted(spans: Sequence[Span]) -> tuple[list[Span], list[Span]]:

@@ -49,9 +49,12 @@ def choose(logits: Tensor, rows: Tensor, how: int) -> Tensor:
     found = best
     if how:
         temperature, greedy, number, top_k, top_p, min_p = rows.unsqueeze(-1)
-        shares = ((logits.double() - highest) / temperature).exp()
+        order = None
         if how == 2:
-            shares = _cut(shares, top_k, top_p, min_p)
+            order = logits.sort(dim=-1, descending=True, stable=True).indices
+        shares = ((logits.double() - highest) / temperature).exp()
+        if order is not None:
+            shares = _cut(shares, order, top_k, top_p, min_p)
         sums = shares.cumsum(-1)
         drawn = torch.searchsorted(sums, number * sums[:, -1:], right=True)
         last = (
@@ -61,9 +64,9 @@ def choose(logits: Tensor, rows: Tensor, how: int) -> Tensor:
     return torch.where(highest.squeeze(-1).isfinite(), found, NO_TOKEN)
 
 
-def _cut(shares: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """The same with 0 for tokens that are not among the most probable."""
-    highest, order = shares.sort(dim=-1, descending=True, stable=True)
+def _cut(shares: Tensor, order: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """The same with 0 for tokens that are not among the most probable, whose `order` is given."""
+    highest = shares.gather(-1, order)
     rank = torch.arange(shares.shape[-1], device=shares.device)
     kept = highest * ((rank < top_k) & (highest >= min_p))
     before = kept.cumsum(-1) - kept

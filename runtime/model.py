@@ -214,22 +214,31 @@ def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Quantize
 
 
 def _joined(weights: list[Weight]) -> list[Weight]:
-    """One matrix of all rows where every part is quantized by the same scheme."""
-    parts = [weight for weight, _ in weights if isinstance(weight, QuantizedTensor)]
-    if len(parts) != len(weights) or len({part.scheme for part in parts}) > 1:
+    """One matrix of all rows where every part is dense, or quantized by the same scheme."""
+    whole = _rows_of([weight for weight, _ in weights])
+    if whole is None:
         return weights
-    zeros = [part.zeros for part in parts if part.zeros is not None]
-    whole = QuantizedTensor(
-        torch.cat([part.codes for part in parts]),
-        torch.cat([part.scales for part in parts]),
-        parts[0].scheme,
-        torch.cat(zeros) if zeros else None,
-    )
     biases = [bias for _, bias in weights]
     if all(bias is None for bias in biases):
         return [(whole, None)]
     rows = [torch.zeros(weight.shape[0]) if bias is None else bias for weight, bias in weights]
     return [(whole, torch.cat(rows))]
+
+
+def _rows_of(weights: list[QuantizedTensor | Tensor]) -> QuantizedTensor | Tensor | None:
+    dense = [weight for weight in weights if isinstance(weight, Tensor)]
+    parts = [weight for weight in weights if isinstance(weight, QuantizedTensor)]
+    if not parts and len({weight.dtype for weight in dense}) == 1:
+        return torch.cat(dense)
+    if dense or len({part.scheme for part in parts}) > 1:
+        return None
+    zeros = [part.zeros for part in parts if part.zeros is not None]
+    return QuantizedTensor(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scales for part in parts]),
+        parts[0].scheme,
+        torch.cat(zeros) if zeros else None,
+    )
 
 
 class _Joined(Linear):

@@ -55,15 +55,20 @@ class Sequence:
     text: TextStream
     emit: Callable[[Piece], None]
     generated: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)  # the prompt's and those generated
     slot: int | None = None
     ran: int = 0  # tokens that the slot's cache holds
     cached: int = 0
     arrived: float = field(default_factory=time.monotonic)
     admitted: float | None = None  # when it got a slot
 
-    @property
-    def tokens(self) -> list[int]:
-        return self.prompt + self.generated
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt)
+
+    def add(self, token: int) -> None:
+        """One more token was generated."""
+        self.generated.append(token)
+        self.tokens.append(token)
 
 
 class Scheduler:
@@ -210,7 +215,7 @@ class Scheduler:
                 token, logprob = result, None
             else:
                 token, logprob = sequence.sampler.choose(result)
-            sequence.generated.append(token)
+            sequence.add(token)
             piece = self._piece(sequence, token, logprob)
         except Exception as error:  # NaN, or a tokenizer that trips
             self._fail(sequence, error)

@@ -9,7 +9,7 @@ from qexport.runtime.kernels.base import Kernel, Linear
 from qexport.runtime.kernels.cuda_layout import span_inputs
 from qexport.runtime.kernels.cuda_matmul import PackedWeight, matmul
 from qexport.runtime.kernels.cuda_source import MOST_BITS
-from qexport.runtime.kernels.nvrtc import nvrtc_version
+from qexport.runtime.kernels.nvrtc import architectures
 from qexport.tensor import QuantizedTensor
 
 __all__ = ["CudaKernel", "CudaLinear"]
@@ -49,9 +49,11 @@ class CudaKernel(Kernel):
         if capability < _OLDEST:
             return f"compute capability {'.'.join(map(str, capability))} is below 8.0"
         try:
-            nvrtc_version()
+            known = architectures()
         except UnsupportedError as error:
             return str(error).rstrip(".")
+        if capability[0] * 10 + capability[1] not in known:
+            return f"this NVRTC does not know compute capability {'.'.join(map(str, capability))}"
         return None
 
     def prepack(self, weight: QuantizedTensor, bias: Tensor | None = None) -> CudaLinear:

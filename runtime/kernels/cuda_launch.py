@@ -7,7 +7,7 @@ from functools import cache, lru_cache
 import torch
 
 from qexport.errors import UnsupportedError
-from qexport.runtime.kernels.cuda_source import compiled
+from qexport.runtime.kernels.cuda_source import KERNEL, compiled
 
 __all__ = ["DenseProblem", "MatmulProblem", "architecture", "launch"]
 
@@ -34,6 +34,7 @@ class DenseProblem(ctypes.Structure):
     )
 
 
+@cache
 def architecture(device: torch.device) -> str:
     """What kernels are compiled for: `sm_90a` on Hopper, whose own instructions they use."""
     major, minor = torch.cuda.get_device_capability(device)
@@ -48,12 +49,17 @@ def launch(
     shared: int,
     device: torch.device,
 ) -> None:
-    """Run the kernel `kernel` of a source text on the current stream of `device`.
+    """Run the kernel of a source text on the current stream of `device`.
 
     It is compiled and loaded when it is first wanted, which is not possible while a CUDA graph is
     captured: run it once before. Raises UnsupportedError where the driver refuses.
     """
-    function = _function(text, shared, device.index or 0)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            launch(text, problem, grid, threads, shared, device)
+        return
+    function = _function(text, shared, index)
     stream = c_void_p(torch.cuda.current_stream(device).cuda_stream)
     arguments = (c_void_p * 1)(ctypes.addressof(problem))
     sizes = [*map(c_uint, grid), c_uint(threads), c_uint(1), c_uint(1), c_uint(shared)]
@@ -76,7 +82,7 @@ def _function(text: str, shared: int, index: int) -> c_void_p:
     with torch.cuda.device(device):
         torch.cuda.synchronize(device)  # makes its context this thread's
         _check(driver.cuModuleLoadData(byref(module), c_char_p(cubin)))
-        _check(driver.cuModuleGetFunction(byref(function), module, b"kernel"))
+        _check(driver.cuModuleGetFunction(byref(function), module, KERNEL.encode()))
         _check(driver.cuFuncSetAttribute(function, _MOST_SHARED, c_int(shared)))
     return function
 

@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
 
 from qexport.runtime.kernels.cuda_launch import (
     DenseProblem,
@@ -95,6 +95,7 @@ def _operator(
     twice_zero: int,
     span: int,
 ) -> Tensor:
+    # `arrived` is written, and zero again at the end: for torch it does not change
     kind = WeightKind(bits, twice_zero, zeros is not None, span, scales.dtype)
     weight = PackedWeight(words, scales, zeros, bias, arrived, out_features, kind)
     if len(x) == 0:
@@ -136,7 +137,9 @@ def tile_matmul(x: Tensor, weight: PackedWeight, tile: Tile) -> Tensor:
     out = torch.empty(tokens, weight.out_features, dtype=x.dtype, device=x.device)
     tiles, chunks = weight.words.shape[:2]
     blocks = (-(-weight.out_features // tile.outputs), -(-tokens // tile.tokens))
-    parts = splits(tile, tokens, weight.out_features, chunks, _processors(x.device))
+    parts = splits(
+        *(tile, weight.kind.bits, tokens, weight.out_features, chunks, _processors(x.device))
+    )
     if blocks[0] * blocks[1] > COUNTERS:
         parts = 1
     shape = (parts, tokens, weight.out_features) if parts > 1 else (0,)
@@ -155,13 +158,16 @@ def dense_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
     """The same by cuBLAS, with as many rows made dense at a time as stay in the L2 cache."""
     x = _aligned(x)
     step = max(16, _DENSE_BYTES // (2 * x.shape[1]) // 256 * 256)
-    parts = []
+    out = torch.empty(len(x), weight.out_features, dtype=x.dtype, device=x.device)
     for first in range(0, weight.out_features, step):
         end = min(first + step, weight.out_features)
         rows = dequantize(weight, (first, end), x.shape[1], x.dtype)
-        bias = None if weight.bias is None else weight.bias[first:end].to(x.dtype)
-        parts.append(linear(x, rows, bias))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        part = out[:, first:end]
+        if weight.bias is None:
+            torch.mm(x, rows.T, out=part)
+        else:
+            torch.addmm(weight.bias[first:end].to(x.dtype), x, rows.T, out=part)
+    return out
 
 
 def dequantize(

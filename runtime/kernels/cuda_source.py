@@ -17,6 +17,7 @@ from qexport.runtime.kernels.nvrtc import compile_cubin
 __all__ = [
     "DENSE_CHUNKS",
     "DENSE_SHARED",
+    "KERNEL",
     "MOST_BITS",
     "Tile",
     "WeightKind",
@@ -36,6 +37,7 @@ _HALVES = {torch.float16: "Half", torch.bfloat16: "Bfloat16"}
 _STEP = 64
 
 MOST_BITS = 4  # of a code
+KERNEL = "qexport_kernel"  # what profilers show
 DENSE_CHUNKS = 4  # that a block of Dequantize takes, a warp each
 DENSE_SHARED = DENSE_CHUNKS * 16 * (_STEP + 8) * 2
 
@@ -122,11 +124,11 @@ def dense_instance(kind: WeightKind, half: torch.dtype) -> str:
 
 
 def text_of(header: str, problem: str, instance: str, threads: int, blocks: int = 1) -> str:
-    """The source of a kernel `kernel` that runs one instance on a `problem`."""
+    """The source of a kernel `KERNEL` that runs one instance on a `problem`."""
     return (
         f'#include "{header}"\n'
         f'extern "C" __global__ __launch_bounds__({threads}, {blocks}) void\n'
-        f"kernel(const __grid_constant__ {problem} problem) {{\n"
+        f"{KERNEL}(const __grid_constant__ {problem} problem) {{\n"
         f"    {instance}::run(problem);\n}}\n"
     )
 

@@ -16,15 +16,25 @@ from pathlib import Path
 from typing import Any
 
 from qexport.grid import Scheme
+from qexport.runtime.kernels.cuda_layout import chunk_inputs
 from qexport.runtime.kernels.cuda_source import MOST_BITS, Tile, WeightKind
 
-__all__ = ["BUCKETS", "TABLE", "candidates", "dense_from", "preferred", "splits", "tile_for"]
+__all__ = [
+    "BUCKETS",
+    "TABLE",
+    "candidates",
+    "dense_from",
+    "forget_table",
+    "preferred",
+    "splits",
+    "tile_for",
+]
 
 TABLE = Path(__file__).parent / "cuda_tiles.json"
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # of tokens, that tiles are chosen for
 _DENSE_FROM = 513
 _MOST_SPLITS = 16
-_COST = 0.04  # of one more part of the inputs, in parts of a call
+_FIRST = 2  # chunks that could be gone through while a block begins and ends
 
 
 @cache
@@ -77,19 +87,29 @@ def preferred(architecture: str, scheme: Scheme) -> str | None:
     return None if name is None else str(name)
 
 
-def splits(tile: Tile, tokens: int, outputs: int, chunks: int, processors: int) -> int:
+def splits(tile: Tile, bits: int, tokens: int, outputs: int, chunks: int, processors: int) -> int:
     """Parts of the inputs that blocks take, so that few tokens keep every multiprocessor busy.
 
-    The number that makes `rounds of blocks / parts` least, a little being lost for each part.
+    The number for which the chunks that a warp goes through are fewest: rounds of blocks, times
+    chunks and the first ones' way from memory, and what it takes to write and read partial sums.
     """
     blocks = -(-outputs // tile.outputs) * -(-tokens // tile.tokens)
     slots = processors * tile.blocks
     most = max(1, min(_MOST_SPLITS, chunks // tile.warps_k))
+    # bytes that all blocks together stream while each of their warps goes through a chunk
+    streamed = slots * tile.outputs * tile.warps_k * chunk_inputs(bits) * bits / 8
 
     def cost(parts: int) -> float:
-        return -(-blocks * parts // slots) / parts * (1 + _COST * (parts - 1))
+        rounds = -(-blocks * parts // slots)
+        work = rounds * (-(-chunks // (parts * tile.warps_k)) + _FIRST)
+        return work + (1 + 8 * parts * tokens * outputs / streamed if parts > 1 else 0)
 
     return min(range(1, most + 1), key=cost)
+
+
+def forget_table() -> None:
+    """Read it anew when it is next wanted: it was written."""
+    _table.cache_clear()
 
 
 def _rule(architecture: str, kind: WeightKind, tokens: int) -> Tile:
@@ -97,13 +117,14 @@ def _rule(architecture: str, kind: WeightKind, tokens: int) -> Tile:
     many_scales = 0 < kind.span < 64
     if tokens <= 16:  # weights as a stream, two blocks on a multiprocessor
         columns = 1 if tokens <= 8 else 2
+        stages = 4 if columns == 1 or architecture in ("sm_80", "sm_90a", "sm_100") else 3
         tiles = 4 if kind.bits == 2 and not many_scales and not kind.zeros else 2
         if columns == 2:
             tiles = 1 if many_scales or kind.bits == 3 else 2
         elif many_scales and kind.bits == 3:
             tiles = 1
         alone = kind.zeros or (many_scales and columns == 2 and kind.bits in (1, 3))
-        return Tile(tiles, columns, 1, 8, 4, 1, 1 if alone else 2)
+        return Tile(tiles, columns, 1, 8, stages, 1, 1 if alone else 2)
     if architecture == "sm_90a":
         if tokens <= 64:
             return Tile(1, 4 if tokens <= 32 else 8, 4, 2, 4, 1, wgmma=True)

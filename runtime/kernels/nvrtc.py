@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qexport.errors import UnsupportedError
 
-__all__ = ["compile_cubin", "nvrtc_version"]
+__all__ = ["architectures", "compile_cubin", "nvrtc_version"]
 
 _NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 _FLAGS = ("--std=c++17", "-default-device", "--restrict")
@@ -39,6 +39,16 @@ def compile_cubin(name: str, sources: Mapping[str, str], architecture: str) -> b
     cubin = _compile(name, sources, architecture)
     _write(path, cubin)
     return cubin
+
+
+@lru_cache(maxsize=1)
+def architectures() -> frozenset[int]:
+    """Those that it compiles for: 90 for sm_90. Raises UnsupportedError without NVRTC."""
+    count = c_int()
+    _check(_library().nvrtcGetNumSupportedArchs(byref(count)))
+    found = (c_int * count.value)()
+    _check(_library().nvrtcGetSupportedArchs(found))
+    return frozenset(found)
 
 
 @lru_cache(maxsize=1)

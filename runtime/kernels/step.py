@@ -12,7 +12,8 @@ from torch import Tensor
 
 __all__ = ["add_norm", "attend", "gate", "rotate_and_store"]
 
-_KEYS = 64  # that a program of attention looks at together
+_KEYS = 64  # at most, that a program of attention looks at together
+_ROW_BYTES = 256  # of keys, for so many; longer rows are looked at in smaller parts
 _LEAST = 16  # rows that tl.dot takes
 _EXACT = {"enable_fp_fusion": False}  # a product is rounded before it is added to, as torch does
 
@@ -110,7 +111,7 @@ def _rotate_and_store(  # type: ignore[no-untyped-def]
         place = tl.where(is_value, SLOTS, 0) + slot
         place = place * KVH + (head - H) % KVH
         place = place * CONTEXT + tl.load(positions + token)
-        tl.store(cache + place * DIM + at, value, mask=here)
+        tl.store(cache + place * DIM + at, value, mask=here & (slot >= 0))
 
 
 def rotate_and_store(
@@ -124,7 +125,8 @@ def rotate_and_store(
 ) -> Tensor:
     """Queries [batch, heads, dim] of heads [batch, heads + 2 kv_heads, dim]; the rest is stored.
 
-    cache      [2, slots, kv_heads, context, dim], contiguous; slots, positions: int64 [batch]
+    cache      [2, slots, kv_heads, context, dim], contiguous; slots, positions: int64 [batch];
+               nothing is stored for slot -1
     norms      float32 [dim] of queries and keys; rotation: cos and sin, float32 [batch, half]
     """
     batch, dim = heads.shape[0], heads.shape[2]
@@ -168,7 +170,8 @@ def _attend(  # type: ignore[no-untyped-def]
     token = tl.program_id(0)
     head = tl.program_id(1)
     part = tl.program_id(2)
-    end = tl.load(positions + token) + 1
+    slot = tl.load(slots + token)
+    end = tl.where(slot < 0, 0, tl.load(positions + token) + 1)
     first = tl.where(window > 0, tl.maximum(end - window, 0), 0)
     length = tl.cdiv(tl.cdiv(end - first, SPLITS), KEYS) * KEYS
     begin = first + part * length
@@ -184,7 +187,6 @@ def _attend(  # type: ignore[no-untyped-def]
         mask=row_here[:, None] & dim_here[None, :],
         other=0,
     )
-    slot = tl.load(slots + token)
     keys = cache + (slot * KVH + head) * CONTEXT * DIM
     values = cache + ((SLOTS + slot) * KVH + head) * CONTEXT * DIM
     top = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -224,23 +226,31 @@ def _attend(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _join(  # type: ignore[no-untyped-def]
-    sums, tops, out, DIM: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr
+    sums,
+    tops,
+    out,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """The parts of one query, in their order."""
+    """The parts of one query, together; nothing of a query without keys."""
     query = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, BLOCK)
-    here = dims < DIM
-    top = float("-inf")
-    for part in range(SPLITS):
-        top = tl.maximum(top, tl.load(tops + (query * SPLITS + part) * 2))
-    total = 0.0
-    mixed = tl.zeros((BLOCK,), tl.float32)
-    for part in range(SPLITS):
-        at = query * SPLITS + part
-        shrunk = tl.exp(tl.load(tops + at * 2) - top)
-        total += shrunk * tl.load(tops + at * 2 + 1)
-        mixed += shrunk * tl.load(sums + at * DIM + dims, mask=here, other=0)
-    tl.store(out + query * DIM + dims, (mixed / total).to(out.dtype.element_ty), mask=here)
+    parts = tl.arange(0, PARTS)
+    there = parts < SPLITS
+    at = query * SPLITS + parts
+    highest = tl.load(tops + at * 2, mask=there, other=float("-inf"))
+    top = tl.maximum(tl.max(highest), -1e30)
+    shrunk = tl.exp(highest - top)
+    total = tl.sum(shrunk * tl.load(tops + at * 2 + 1, mask=there, other=0))
+    mixed = tl.load(
+        sums + at[:, None] * DIM + dims[None, :],
+        mask=there[:, None] & (dims < DIM)[None, :],
+        other=0,
+    )
+    value = tl.sum(mixed * shrunk[:, None], 0) / tl.where(total > 0, total, 1)
+    tl.store(out + query * DIM + dims, value.to(out.dtype.element_ty), mask=dims < DIM)
 
 
 def attend(
@@ -255,7 +265,8 @@ def attend(
     """Attention of one token each over the keys up to its own; [batch, heads * dim].
 
     queries [batch, heads, dim]; cache [2, slots, kv_heads, context, dim]; window: 0 for all keys;
-    splits: parts of the keys that different programs take (Dao et al., Flash-Decoding).
+    splits: parts of the keys that different programs take (Dao et al., Flash-Decoding). Slot -1 has
+    no keys.
     """
     batch, heads, dim = queries.shape
     _, places, kv_heads, context, _ = cache.shape
@@ -269,12 +280,19 @@ def attend(
         DIM=dim,
         ROWS=max(_LEAST, triton.next_power_of_2(group)),
         BLOCK=block,
-        KEYS=_KEYS,
+        KEYS=max(_LEAST, min(_KEYS, _KEYS * _ROW_BYTES // (block * queries.itemsize))),
         SPLITS=splits,
         **_EXACT,
     )
     out = torch.empty_like(queries)
-    _join[(batch * heads,)](sums, tops, out, DIM=dim, BLOCK=block, SPLITS=splits, **_EXACT)
+    _join[(batch * heads,)](
+        *(sums, tops, out),
+        DIM=dim,
+        BLOCK=block,
+        SPLITS=splits,
+        PARTS=triton.next_power_of_2(splits),
+        **_EXACT,
+    )
     return out.view(batch, heads * dim)
 
 

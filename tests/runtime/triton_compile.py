@@ -30,7 +30,7 @@ STEPS: dict[Any, tuple[str, dict[str, str], dict[str, Any]]] = {
         {"sums": "*fp32", "tops": "*fp32"},
         {"GROUP": 4, "ROWS": 16, "KEYS": 64, "SPLITS": 4, **_HEADS},
     ),
-    step._join: ("out", {"sums": "*fp32", "tops": "*fp32"}, {"SPLITS": 4, **_HEADS}),
+    step._join: ("out", {"sums": "*fp32", "tops": "*fp32"}, {"SPLITS": 4, "PARTS": 4, **_HEADS}),
     step._gate: ("gated out", {}, {"BLOCK": 1024}),
 }
 _NUMBERS = {"scale": "fp32", "eps": "fp32", "slots": "*i64", "positions": "*i64"}

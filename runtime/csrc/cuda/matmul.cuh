@@ -69,7 +69,7 @@ struct Matmul {
     const Words4* weights[TILES];
     const Scales *scales, *zeros;
     u32 tokens[COLUMNS][4];  // of two fragments, for mma
-    const u32 ones[4] = {both<F>(65536), both<F>(65536), both<F>(65536), both<F>(65536)};
+    u32 ones[4];              // for sums of activations
     u32 taken[2][TILES][16];  // steps taken apart, for wgmma
     float total[TILES][COLUMNS][4] = {}, part[TILES][COLUMNS][4] = {}, sum[COLUMNS][4] = {};
 
@@ -82,7 +82,9 @@ struct Matmul {
           tile((block_x() * WARPS_N + warp_n) * TILES),
           policy(read_once()),
           ring(shared_address() + warp_k * STAGES * kStage),
-          place(thread() % kBeside / 8 * 128 + ((thread() ^ thread() % kBeside / 8) % 8 << 4)) {}
+          place(thread() % kBeside / 8 * 128 + ((thread() ^ thread() % kBeside / 8) % 8 << 4)) {
+        QX_UNROLL for (int r = 0; r < 4; ++r) ones[r] = in_register<both<F>(65536)>();
+    }
 
     // From chunk `begin` on, to chunk `end`.
     QX_FN void aim(int begin, int end) {
@@ -224,9 +226,9 @@ struct Matmul {
             constexpr bool add = !begins<STEP, at>(), ends = at == 3 || begins<STEP, at + 1>();
             if constexpr (at == 0 || !add) wgmma_begin();
             const u32 inputs_at = stage + at * 32;
-            if constexpr (ZEROS) wgmma<F, COLUMNS>(sum[0], ones, inputs_at, add);
+            if constexpr (ZEROS) wgmma<F, COLUMNS>(&sum[0][0], ones, inputs_at, add);
             QX_UNROLL for (int i = 0; i < TILES; ++i)
-                wgmma<F, COLUMNS>(part[i][0], taken[STEP % 2][i] + at * 4, inputs_at, add);
+                wgmma<F, COLUMNS>(&part[i][0][0], taken[STEP % 2][i] + at * 4, inputs_at, add);
             if constexpr (ends) wgmma_commit();
             settle<STEP, at>(chunk);
         });

@@ -119,6 +119,15 @@ QX_FN u32 arrive(u32* counter) { return atomicAdd(counter, 1u); }
 
 QX_FN void fence() { __threadfence(); }
 
+// A constant that stays in its register: the compiler would load one anew where it is next wanted,
+// and give its register away meanwhile, while wgmma still reads it.
+template <u32 VALUE>
+QX_FN u32 in_register() {
+    u32 value;
+    asm volatile("mov.b32 %0, %1;" : "=r"(value) : "n"(VALUE));
+    return value;
+}
+
 // Another block's result: not from this multiprocessor's own cache.
 QX_FN float load_fresh(const float* from) { return __ldcg(from); }
 

@@ -322,6 +322,11 @@ inline float from_bits(u32 bits) {
     return value;
 }
 
+template <u32 VALUE>
+u32 in_register() {
+    return VALUE;
+}
+
 inline u32 arrive(u32* counter) { return (*counter)++; }
 inline void fence() {}
 inline float load_fresh(const float* from) { return *from; }

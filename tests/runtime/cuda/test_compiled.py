@@ -1,6 +1,7 @@
 """CUDA kernels compiled for GPUs that are not here: NVRTC, nvcc, and what the kernels take."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,14 +12,19 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.cuda_decode import tool
 from benchmarks.cuda_resources import RESULT, measure, measure_dense
+from qexport.runtime.kernels.cuda_matmul import matmul_text
 from qexport.runtime.kernels.cuda_source import (
     Tile,
     WeightKind,
+    compiled,
     dense_instance,
     matmul_instance,
     text_of,
 )
+from qexport.runtime.kernels.cuda_tiles import tile_for
+from qexport.runtime.kernels.nvrtc import compile_cubin
 from tests.runtime.cuda.emulated import SOURCES
 
 pytestmark = pytest.mark.skipif(
@@ -98,3 +104,72 @@ def test_nvcc_takes_every_source(architecture: str, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         # C7510 and the like: wgmma that the assembler would not leave to run by itself
         assert "serializ" not in done.stderr and "C75" not in done.stderr, done.stderr
+
+
+_SHAPES = {"64x16x16": 8, "64x32x16": 16, "64x64x16": 32, "64x128x16": 64}
+_OPERATION = re.compile(r"\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.a-z]+)\s*(.*?);")
+
+
+def written_in_flight(listing: str) -> list[str]:
+    """Instructions that write registers of a wgmma that has not been waited for.
+
+    The assembler knows that its results are under way, but may give away registers that it still
+    reads: those of a constant, which can be loaded anew wherever it is next wanted.
+    """
+    groups: list[set[int]] = []
+    current: set[int] = set()
+    wrong = []
+    for line in listing.splitlines():
+        found = _OPERATION.match(line)
+        if found is None:
+            continue
+        operation, operands = found.groups()
+        if operation.startswith("HGMMA"):
+            into, of = map(int, re.findall(r"R(\d+)", operands)[:2])
+            wide = _SHAPES[operation.split(".")[1]]
+            current |= {*range(into, into + wide), *range(of, of + 4)}
+            if "gsb0" in operands:
+                groups, current = [*groups, current], set()
+        elif operation.startswith("WARPGROUP.DEPBAR"):
+            pending = int(operands.split(",")[1], 16)
+            groups = groups[len(groups) - pending :] if pending else []
+        elif target := re.match(r"R(\d+)$", operands.split(",")[0].strip()):
+            wide = (
+                4 if ".128" in operation else 2 if ".64" in operation or "WIDE" in operation else 1
+            )
+            registers = set(range(int(target.group(1)), int(target.group(1)) + wide))
+            if registers & current.union(*groups) and not operation.startswith(
+                ("ST", "BAR", "RED")
+            ):
+                wrong.append(line.strip())
+    return wrong
+
+
+def listing_of(cubin: bytes, folder: Path) -> str:
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    command = [str(tool("nvdisasm")), "-c", str(path)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+ZEROS = [WeightKind(bits, 0, True, span, torch.float16) for bits, span in ((2, 128), (3, 0))]
+
+
+@pytest.mark.parametrize("tokens", [32, 64, 512])
+@pytest.mark.parametrize("kind", [SEQ2, INT3, UINT4, BINARY, *ZEROS], ids=str)
+def test_wgmma_reads_what_was_there(kind: WeightKind, tokens: int, tmp_path: Path) -> None:
+    tile = tile_for("sm_90a", kind, tokens)
+    assert tile.wgmma
+    listing = listing_of(compiled(matmul_text(kind, tile, torch.float16), "sm_90a"), tmp_path)
+    assert "HGMMA" in listing
+    assert written_in_flight(listing) == []
+
+
+def test_a_constant_that_is_given_away_is_seen(tmp_path: Path) -> None:
+    """Without `in_register` the assembler does what the test above is for."""
+    text = matmul_text(ZEROS[0], tile_for("sm_90a", ZEROS[0], 64), torch.float16)
+    sources = {path.name: path.read_text() for path in SOURCES.glob("*.cuh")}
+    plain = sources["matmul.cuh"].replace("in_register<both<F>(65536)>()", "both<F>(65536)")
+    assert plain != sources["matmul.cuh"]
+    cubin = compile_cubin("k.cu", {**sources, "matmul.cuh": plain, "k.cu": text}, "sm_90a")
+    assert written_in_flight(listing_of(cubin, tmp_path)) != []

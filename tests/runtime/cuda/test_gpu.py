@@ -1,5 +1,6 @@
 """The CUDA kernels on a device: errors, repeatability, graphs, torch.compile, the sanitizer."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -12,14 +13,21 @@ from torch import Tensor
 
 from qexport.grid import GRIDS, Scheme
 from qexport.runtime.cuda_model import CudaDecoder
-from qexport.runtime.device_sampler import Draw
+from qexport.runtime.device_sampler import Draw, choose
 from qexport.runtime.kernels.cuda import CudaKernel
 from qexport.runtime.kernels.cuda_launch import architecture
-from qexport.runtime.kernels.cuda_matmul import COUNTERS, PackedWeight, dequantize, matmul_text
-from qexport.runtime.kernels.cuda_source import WeightKind, compiled
+from qexport.runtime.kernels.cuda_matmul import (
+    COUNTERS,
+    PackedWeight,
+    dense_text,
+    dequantize,
+    matmul_text,
+)
+from qexport.runtime.kernels.cuda_source import KERNEL, WeightKind, compiled
 from qexport.runtime.kernels.cuda_tiles import BUCKETS, tile_for
 from qexport.runtime.kernels.triton import TritonKernel
 from qexport.runtime.model import Span, TorchDecoder
+from qexport.runtime.sampler import Sampler, Sampling
 from qexport.tensor import QuantizedTensor
 from tests.runtime.families import make
 from tests.runtime.test_decoder import config_of, quantized
@@ -72,7 +80,7 @@ def kernels() -> None:
         for kind in kinds
         for tokens in BUCKETS
         for half in HALVES
-    }
+    } | {dense_text(kind, half) for kind in kinds for half in HALVES}
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda text: compiled(text, machine), texts))
 
@@ -170,13 +178,15 @@ torch.cuda.synchronize()
 def test_sanitizer(tool: str) -> None:
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
     # only our kernels: what cuBLAS does is not ours
-    only = ["--kernel-name", "kernel_substring=kernel"]
+    only = ["--kernel-name", f"kernel_name={KERNEL}"]
     done = subprocess.run(
         [*command, *only, sys.executable, "-c", _SANITIZED],
         check=False,
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[3],
+        # each tensor in memory of its own: what reads beyond one is seen
+        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     )
     assert done.returncode == 0, done.stdout[-4000:]
 
@@ -205,3 +215,28 @@ def test_steps_are_graphs(family: str, tmp_path: Path) -> None:
             assert first == graphs.choose(spans, [Draw()] * len(batch))
             rows = torch.arange(len(batch))
             assert (want.amax(-1) - want[rows, first] < 5e-2).all()
+
+
+def test_tokens_are_the_samplers() -> None:
+    """Drawn on the device as on the host, seed for seed."""
+    logits = torch.randn(32, 5000) * 3
+    options = [
+        Sampling(temperature=1.0, top_k=50 * (i % 2), top_p=0.9 if i % 3 else 1.0, seed=i)
+        for i in range(32)
+    ]
+    rows = zip(options, logits, strict=True)
+    want = [Sampler(sampling, []).choose(row.numpy())[0] for sampling, row in rows]
+    draws = [Sampler(sampling, []).draw() for sampling in options]
+    table = torch.tensor([draw.row(5000) for draw in draws], dtype=torch.float64).T
+    assert choose(logits.cuda(), table.cuda(), 2).tolist() == want
+
+
+def test_more_sequences_than_a_graph_has(tmp_path: Path) -> None:
+    """A second batch of one size does not overwrite the first one's logits."""
+    checkpoint = make(tmp_path, "smollm")
+    options = {"slots": 130, "context": 32, "device": device(), "dtype": torch.float16}
+    decoder = CudaDecoder(checkpoint, config_of(checkpoint), **options)  # type: ignore[arg-type]
+    spans = [Span(slot, 0, [slot], 1) for slot in range(130)]
+    together = decoder.forward(spans)
+    alone = torch.cat([decoder.forward([span]) for span in spans])
+    torch.testing.assert_close(together, alone, atol=2e-2, rtol=2e-2)

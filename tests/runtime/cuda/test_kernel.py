@@ -137,10 +137,13 @@ def test_many_tokens_go_to_cublas(gpu: Launches, monkeypatch: pytest.MonkeyPatch
 
 def test_inputs_are_divided_only_as_far_as_it_pays() -> None:
     tile = Tile(4, 1, 1, 8, 4, 1, 2)
-    assert cuda_tiles.splits(tile, 1, 64 * 264, 64, 132) == 1  # every place is taken
-    assert cuda_tiles.splits(tile, 1, 64 * 132, 64, 132) == 2
-    assert cuda_tiles.splits(tile, 1, 64, 8, 132) == 1  # a chunk for each warp
-    assert cuda_tiles.splits(tile, 1, 64, 1024, 132) == 16
+    assert cuda_tiles.splits(tile, 2, 1, 64 * 264, 64, 132) == 1  # every place is taken
+    assert cuda_tiles.splits(tile, 2, 1, 64 * 132, 64, 132) == 2
+    assert cuda_tiles.splits(tile, 2, 1, 64, 8, 132) == 1  # a chunk for each warp
+    assert cuda_tiles.splits(tile, 2, 1, 64, 1024, 132) == 16
+    wide = Tile(1, 16, 8, 1, 4, 1, wgmma=True)
+    for tokens, outputs in ((64, 28672), (256, 28672), (256, 6144)):
+        assert cuda_tiles.splits(wide, 2, tokens, outputs, 32, 132) == 1  # sums weigh more
 
 
 def test_tiles_are_the_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -149,7 +152,7 @@ def test_tiles_are_the_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     table.write_text('{"sm_90a": {"dense": 700, "tiles": {"2/128": {"4": ' + measured + "}}}}")
     monkeypatch.setattr(cuda_tiles, "TABLE", table)
     cuda_tiles.tile_for.cache_clear()
-    cuda_tiles._table.cache_clear()
+    cuda_tiles.forget_table()
     try:
         kind = WeightKind.of(Scheme(GRIDS["seq2"], 128))
         assert cuda_tiles.tile_for("sm_90a", kind, 3) == Tile(1, 1, 2, 4, 6, 2)
@@ -158,7 +161,7 @@ def test_tiles_are_the_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         assert cuda_tiles.dense_from("sm_80") == 513
     finally:
         cuda_tiles.tile_for.cache_clear()
-        cuda_tiles._table.cache_clear()
+        cuda_tiles.forget_table()
 
 
 def test_the_operator_is_one_for_torch(gpu: Launches) -> None:

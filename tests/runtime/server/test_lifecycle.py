@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import json
-import os
 import signal
 import threading
 import time
@@ -173,7 +172,7 @@ def _held(process: int) -> dict[str, int]:
     words = dict(line.split(":", 1) for line in status.splitlines())
     return {
         "threads": int(words["Threads"]),
-        "files": len(os.listdir(f"/proc/{process}/fd")),
+        "files": len(list(Path(f"/proc/{process}/fd").iterdir())),
         "memory": int(words["VmRSS"].split()[0]) >> 10,
     }
 

@@ -1,4 +1,4 @@
-"""Clients that do not behave, on raw sockets: slow, half-open, garbage, oversized, pipelined, gone."""
+"""Clients that do not behave, on raw sockets: slow, half-open, garbage, oversized, gone."""
 
 import json
 import socket
@@ -71,7 +71,8 @@ LONG = {"prompt": "ab", "max_tokens": 100_000, "stream": True, "seed": 1}
         b"",
         b"POST /v1/completions HTTP/1.1\r\nHost: local",
         b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{",
-        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\n5\r\n{",
     ],
     ids=["nothing", "half a head", "half a body", "half a chunk"],
 )
