@@ -111,7 +111,7 @@ def _rotate_and_store(  # type: ignore[no-untyped-def]
         place = tl.where(is_value, SLOTS, 0) + slot
         place = place * KVH + (head - H) % KVH
         place = place * CONTEXT + tl.load(positions + token)
-        tl.store(cache + place * DIM + at, value, mask=here & (slot >= 0))
+        tl.store(cache + place * DIM + at, value, mask=here & (at >= tl.where(slot < 0, DIM, 0)))
 
 
 def rotate_and_store(

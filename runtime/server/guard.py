@@ -18,6 +18,7 @@ from qexport.runtime.server.limits import Limits
 __all__ = ["Guard"]
 
 _OPEN = ("/health",)
+_CLOSE = {"Connection": "close"}
 _BROWSERS = ("none", "same-origin")  # Sec-Fetch-Site of what a user opened, and of its own page
 
 
@@ -57,21 +58,22 @@ class Guard:
     def _receiving(self, receive: Receive) -> Receive:
         """Bodies are counted, and waited for only so long."""
         size, whole = 0, False
+        end = anyio.current_time() + self._limits.receive_seconds
 
         async def receiving() -> Message:
             nonlocal size, whole
             if whole:
                 return await receive()  # waits for the client to leave
             try:
-                with anyio.fail_after(self._limits.receive_seconds):
+                with anyio.fail_after(max(0.0, end - anyio.current_time())):
                     message = await receive()
             except TimeoutError as error:
-                raise HTTPException(408, "the body took too long to come") from error
+                raise HTTPException(408, "the body took too long to come", _CLOSE) from error
             if message["type"] == "http.request":
                 size += len(message.get("body", b""))
                 whole = not message.get("more_body", False)
                 if size > self._limits.body:
-                    raise HTTPException(413, self._too_large())
+                    raise HTTPException(413, self._too_large(), _CLOSE)
             return message
 
         return receiving
@@ -124,5 +126,5 @@ def _name(host: str) -> str:
 
 
 def _refuse(status: int, message: str, code: str | None = None) -> JSONResponse:
-    headers = {"Connection": "close"} if status in (408, 413, 431) else None
+    headers = _CLOSE if status in (408, 413, 431) else None
     return JSONResponse(error_body(message, code=code), status, headers)
