@@ -5,6 +5,7 @@ import json
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,24 @@ def stream(server: Server, tokens: int, started: threading.Event | None = None) 
     return [json.loads(event) for event in found[:-1]]
 
 
+def until(holds: Callable[[], bool], seconds: float = 20) -> None:
+    """Wait for something, but not for ever."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def test_sigterm_loses_no_answer(endless: Path) -> None:
     """What runs is finished, what comes is refused, and then it ends by itself."""
     server = Server(endless, "--slots", "2")
-    begun = [threading.Event() for _ in range(4)]
+    begun = [threading.Event() for _ in range(2)]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        running = [pool.submit(stream, server, 600, event) for event in begun[:2]]
-        waiting = [pool.submit(stream, server, 20, event) for event in begun[2:]]
-        for event in begun[:2]:
+        running = [pool.submit(stream, server, 15_000, event) for event in begun]
+        for event in begun:
             assert event.wait(30)
-        while server.status()["waiting"] < 2:
-            time.sleep(0.01)
+        waiting = [pool.submit(stream, server, 20) for _ in range(2)]
+        until(lambda: server.status()["waiting"] == 2)
         server.process.send_signal(signal.SIGTERM)
         for future in running + waiting:
             events = future.result(timeout=60)
@@ -149,11 +157,10 @@ def test_a_full_queue_is_told(endless: Path) -> None:
     begun = threading.Event()
     try:
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            first = pool.submit(stream, server, 3000, begun)
+            first = pool.submit(stream, server, 15_000, begun)
             assert begun.wait(30)
             second = pool.submit(stream, server, 1)
-            while server.status()["waiting"] < 1:
-                time.sleep(0.01)
+            until(lambda: server.status()["waiting"] == 1)
             body = {"model": "long", "prompt": "a", "max_tokens": 1}
             answer = server.post("/v1/completions", body)
             assert answer.status_code == 429
@@ -193,10 +200,7 @@ def test_a_thousand_clients_that_go_leave_nothing(endless: Path) -> None:
     def round_of(count: int) -> dict[str, int]:
         with concurrent.futures.ThreadPoolExecutor(20) as pool:
             list(pool.map(leave, range(count)))
-        end = time.monotonic() + 30
-        while any(server.status()[name] for name in ("running", "waiting")):
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        until(lambda: not any(server.status()[name] for name in ("running", "waiting")), 60)
         time.sleep(1)
         return _held(server.process.pid)
 
