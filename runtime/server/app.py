@@ -6,7 +6,7 @@ from typing import Any
 
 from anyio import to_thread
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from starlette.middleware.cors import CORSMiddleware
 
 from qexport.runtime.generator import Generator
@@ -109,9 +109,10 @@ def _add_state(app: FastAPI, service: Service) -> None:
             return JSONResponse({"status": "ready"})
         return JSONResponse(error_body(trouble, "server_error"), 503)
 
-    @app.get("/metrics", responses=_ERRORS)
+    @app.get("/metrics", responses=_ERRORS, response_class=PlainTextResponse)
     async def metrics() -> Response:
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+        kind = "text/plain; version=0.0.4; charset=utf-8"
+        return Response(service.metrics.text(), media_type=kind)
 
     @app.get("/version", responses=_ERRORS)
     async def version() -> dict[str, str]:
