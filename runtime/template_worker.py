@@ -1,8 +1,8 @@
 """The process that renders chat templates: a checkpoint's own code, with little memory and time.
 
 `python -m qexport.runtime.template_worker BYTES` reads a line of JSON on stdin, {"template",
-"messages", …}, and answers with one on stdout, {"text"} or {"error"}. Whoever asks kills it when it
-takes too long.
+"messages", …}, and answers with one on stdout, {"text"} or {"error"}; its first line says that it is
+ready. Whoever asks kills it when it takes too long.
 """
 
 import json
@@ -43,6 +43,8 @@ def main() -> None:
 
     with suppress(OSError):  # no /proc
         _limit_memory(int(sys.argv[1]))
+    sys.stdout.write("{}\n")  # ready
+    sys.stdout.flush()
     for line in sys.stdin:
         sys.stdout.write(json.dumps(_answer(json.loads(line))) + "\n")
         sys.stdout.flush()

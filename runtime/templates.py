@@ -34,7 +34,7 @@ class TemplateWorker:
         self._seconds, self._memory = seconds, memory
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._fresh = True
+        self._ready = False
 
     def render(self, template: str, messages: list[dict[str, Any]], **variables: Any) -> str:
         """The text of a conversation, ready for an answer.
@@ -70,22 +70,23 @@ class TemplateWorker:
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,  # a Ctrl-C is for its parent
             )
-            self._fresh = True
+            self._ready = False
         return self._process
 
     def _ask(self, line: bytes) -> dict[str, Any]:
         process = self._started()
         assert process.stdin is not None and process.stdout is not None
-        seconds = _START if self._fresh else self._seconds
         try:
+            if not self._ready:
+                _line(process.stdout, _START)
+                self._ready = True
             process.stdin.write(line)
             process.stdin.flush()
-            answer = _line(process.stdout, seconds)
+            answer = _line(process.stdout, self._seconds)
         except (OSError, TimeoutError, ValueError) as error:
             self._kill()
             why = "it takes too long" if isinstance(error, TimeoutError) else "its process ended"
             return {"error": why}
-        self._fresh = False
         found: dict[str, Any] = json.loads(answer)
         return found
 

@@ -10,7 +10,7 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from starlette.middleware.cors import CORSMiddleware
 
 from qexport.runtime.generator import Generator
-from qexport.runtime.server.errors import error_body, install_errors
+from qexport.runtime.server.errors import FieldError, error_body, install_errors
 from qexport.runtime.server.guard import Guard
 from qexport.runtime.server.limits import Limits
 from qexport.runtime.server.observe import Record, RequestLog
@@ -182,6 +182,8 @@ def _add_completions(app: FastAPI, service: Service) -> None:
         service.check_model(body.model)
         record = _record(service, "/v1/completions", body, body.prompt)
         await service.prepare(body.logprobs is not None)
+        if not body.prompts:
+            raise FieldError("prompt: there is none.", "prompt")
         prompts = [await service.encode(prompt) for prompt in body.prompts]
         jobs = service.jobs(body, prompts, _COMPLETION_TOKENS)
         echoes = None

@@ -46,6 +46,22 @@ async function reason(response) {
   }
 }
 
+// Adds text to an answer, at most once for each frame: tokens may come faster than that.
+function shower(body) {
+  const shown = body.appendChild(document.createTextNode(""));
+  let waiting = "";
+  return (more) => {
+    if (!waiting) {
+      requestAnimationFrame(() => {
+        shown.appendData(waiting);
+        waiting = "";
+        at("talk").scrollTop = at("talk").scrollHeight;
+      });
+    }
+    waiting += more;
+  };
+}
+
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
@@ -67,6 +83,7 @@ async function answer() {
   const system = at("system").value.trim();
   const messages = system ? [{ role: "system", content: system }, ...conversation] : conversation;
   const body = addTurn("assistant", "");
+  const show = shower(body);
   const began = performance.now();
   let first = null;
   let usage = null;
@@ -88,8 +105,7 @@ async function answer() {
       if (!more) continue;
       first ??= performance.now();
       text += more;
-      body.textContent = text;
-      at("talk").scrollTop = at("talk").scrollHeight;
+      show(more);
     }
   } catch (error) {
     if (error.name !== "AbortError") {

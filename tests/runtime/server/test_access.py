@@ -75,7 +75,7 @@ def test_keys_of_files_and_the_environment(runs: Runs, tmp_path: Path, cli: Cli)
     server = Server(runs("4"), "--api-key-file", str(keys), "--host", "0.0.0.0")
     root = server.root.replace("0.0.0.0", "127.0.0.1")
     try:
-        for key, status in (("one", 200), ("two", 200), ("", 401), ("three", 401)):
+        for key, status in (("one", 200), ("two", 200), ("three", 401)):
             headers = {"Authorization": f"Bearer {key}"}
             assert httpx.get(f"{root}/v1/models", headers=headers).status_code == status
     finally:

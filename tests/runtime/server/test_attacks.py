@@ -40,7 +40,7 @@ def refused(served: Server, path: str, body: Any, status: int = 400) -> None:
 
 def test_numbers_out_of_all_proportion(served: Server) -> None:
     """Huge n (CVE-2026-34756), negative and endless numbers, prompt_logprobs of -1."""
-    for extra in (
+    extras: list[dict[str, Any]] = [
         {"n": 16_384},
         {"n": 10**30},
         {"n": -1},
@@ -57,7 +57,8 @@ def test_numbers_out_of_all_proportion(served: Server) -> None:
         {"prompt": []},
         {"prompt": [[]]},
         {"prompt": [10**18]},
-    ):
+    ]
+    for extra in extras:
         refused(served, "/v1/completions", {**TEXT, **extra})
 
 
@@ -91,7 +92,7 @@ def test_schemas_that_explode(served: Server) -> None:
             schema = {"type": "array", "items": schema}
         return schema
 
-    for schema in (
+    schemas: list[Any] = [
         nested(200),
         {"enum": [f"{i:040}" for i in range(20_000)]},
         {"$ref": "#"},
@@ -101,7 +102,8 @@ def test_schemas_that_explode(served: Server) -> None:
         {"type": "string", "pattern": "(?=a)b"},
         {"type": "no such type"},
         {"not": {}},
-    ):
+    ]
+    for schema in schemas:
         wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
         body = {**CHAT, "response_format": wanted}
         begin = time.monotonic()
