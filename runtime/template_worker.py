@@ -1,7 +1,7 @@
 """The process that renders chat templates: a checkpoint's own code, with little memory and time.
 
 `python -m qexport.runtime.template_worker BYTES` reads a line of JSON on stdin, {"template",
-"messages", …}, and answers with one on stdout, {"text"} or {"error"}; its first line says that it is
+"messages", …}, and answers with one on stdout, {"text"} or {"error"}; its first says that it is
 ready. Whoever asks kills it when it takes too long.
 """
 
