@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qexport.errors import InputError
+from qexport.errors import InputError, QexportError
 
 __all__ = ["Constraint", "Grammar", "Grammars", "check_schema"]
 
@@ -22,14 +22,12 @@ _FORM = {"whitespace_pattern": "[ ]?"}  # a model must not end its days in blank
 class Grammar:
     """A grammar that was checked, over one tokenizer's tokens."""
 
-    def __init__(self, tokenizer: Any, text: str) -> None:
-        self._tokenizer, self._text = tokenizer, text
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
 
     def constraint(self) -> "Constraint":
         """For one answer."""
-        from llguidance import LLMatcher
-
-        return Constraint(LLMatcher(self._tokenizer, self._text, log_level=0))
+        return Constraint(self._matcher.deep_copy())
 
 
 class Constraint:
@@ -46,7 +44,8 @@ class Constraint:
 
     def accept(self, token: int) -> None:
         """Go on after `token`."""
-        self._matcher.consume_token(token)
+        if not self._matcher.consume_token(token) and not self._matcher.is_stopped():
+            raise QexportError(f"the grammar fails here: {self._matcher.get_error()[:200]}.")
 
 
 class Grammars:
@@ -78,11 +77,16 @@ class Grammars:
         try:
             text = LLMatcher.grammar_from_json_schema(schema, overrides=_FORM)
             wrong = LLMatcher.validate_grammar(text, self.tokenizer)
-        except Exception as error:  # a Rust panic is an Exception of its own
+            matcher = LLMatcher(self.tokenizer, text, log_level=0)
+            matcher.compute_bitmask()  # what is too much for it shows here
+            wrong = wrong or matcher.get_error()
+        except BaseException as error:  # a panic of Rust is no Exception
+            if isinstance(error, (SystemExit, KeyboardInterrupt)):
+                raise
             wrong = str(error)
         if wrong:
             raise InputError(f"the schema is not one that answers can be held to: {wrong[:300]}.")
-        return Grammar(self.tokenizer, text)
+        return Grammar(matcher)
 
 
 def check_schema(schema: Any) -> None:

@@ -133,7 +133,7 @@ class Engine:
                 self._step_began = time.monotonic()
                 self._scheduler.step()
                 self._step_began = None
-        except Exception as error:  # a bug of ours: nobody is left to wait for ever
+        except BaseException as error:  # panics of Rust, too: nobody is left to wait for ever
             self._step_began = None
             self._ended = QexportError(f"the engine has crashed ({error!r}); start it anew.")
         with self._changed:

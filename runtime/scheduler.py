@@ -220,6 +220,11 @@ class Scheduler:
         except Exception as error:  # NaN, or a tokenizer that trips
             self._fail(sequence, error)
             return
+        except BaseException as error:
+            if isinstance(error, (SystemExit, KeyboardInterrupt)):
+                raise
+            self._fail(sequence, QexportError(f"a library has panicked ({error})."))  # Rust's
+            return
         if piece.last:
             self._release(sequence, sequence.ran)
         sequence.emit(piece)

@@ -1,11 +1,12 @@
 """The process that renders chat templates: a checkpoint's own code, with little memory and time.
 
-`python -m qexport.runtime.template_worker BYTES` reads a line of JSON on stdin, {"template",
-"messages", …}, and answers with one on stdout, {"text"} or {"error"}; its first says that it is
+`python -m qexport.runtime.template_worker BYTES SECONDS` reads lines of JSON on stdin, {"template",
+"messages", …}, and answers each with one on stdout, {"text"} or {"error"}; its first says that it is
 ready. Whoever asks kills it when it takes too long.
 """
 
 import json
+import signal
 import sys
 from contextlib import suppress
 from typing import Any
@@ -22,6 +23,12 @@ def _limit_memory(limit: int) -> None:
     with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123
         used = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + limit, used + limit))
+
+
+def _alarm(seconds: int) -> None:
+    """End by itself, if whoever asked is no longer there to do it."""
+    if hasattr(signal, "alarm"):
+        signal.alarm(seconds)
 
 
 def _answer(request: dict[str, Any]) -> dict[str, str]:
@@ -45,8 +52,12 @@ def main() -> None:
         _limit_memory(int(sys.argv[1]))
     sys.stdout.write("{}\n")  # ready
     sys.stdout.flush()
+    seconds = int(sys.argv[2])
     for line in sys.stdin:
-        sys.stdout.write(json.dumps(_answer(json.loads(line))) + "\n")
+        _alarm(seconds)
+        answer = _answer(json.loads(line))
+        _alarm(0)
+        sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 
 

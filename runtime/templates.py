@@ -5,6 +5,7 @@ but not from looping for hours or filling the memory.
 """
 
 import json
+import math
 import os
 import selectors
 import subprocess
@@ -62,7 +63,8 @@ class TemplateWorker:
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
             self._kill()
-            command = [sys.executable, "-m", "qexport.runtime.template_worker", str(self._memory)]
+            limits = str(self._memory), str(math.ceil(self._seconds) + 1)
+            command = [sys.executable, "-m", "qexport.runtime.template_worker", *limits]
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,

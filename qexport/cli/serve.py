@@ -85,6 +85,8 @@ def command(
     hosts: tuple[str, ...] | None = allowed_host or None
     if local and not known:
         hosts = (*_HERE, "[::1]", *allowed_host)
+    if log_prompts and log_json is None:
+        raise InputError("--log-prompts belongs to --log-json.")
     log = None
     if log_json is not None:
         try:
@@ -135,8 +137,8 @@ def _limits(given: tuple[str, ...]) -> "Limits":
             found[name] = kinds[name](number)
         except ValueError as error:
             raise InputError(f"--limit {name} takes a number, not {number!r}.") from error
-        if not found[name] > 0:
-            raise InputError(f"--limit {name} is more than 0.")
+        if not 0 < found[name] < 1e9:
+            raise InputError(f"--limit {name} is more than 0, and less than a billion.")
     return Limits(**found)
 
 

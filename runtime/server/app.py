@@ -184,6 +184,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
         await service.prepare(body.logprobs is not None)
         if not body.prompts:
             raise FieldError("prompt: there is none.", "prompt")
+        service.check_choices(len(body.prompts), body)
         prompts = [await service.encode(prompt) for prompt in body.prompts]
         jobs = service.jobs(body, prompts, _COMPLETION_TOKENS)
         echoes = None

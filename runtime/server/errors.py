@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from qexport.errors import InputError, QexportError
@@ -40,7 +41,7 @@ def error_body(
     code: str | None = None,
 ) -> dict[str, Any]:
     """An error in OpenAI's form; `kind` is its `type`."""
-    message = message[:_LONGEST_MESSAGE]
+    message = message[:_LONGEST_MESSAGE].encode(errors="replace").decode()
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -69,6 +70,17 @@ def install_errors(app: FastAPI) -> None:
     @app.exception_handler(QexportError)
     async def ours(_: Request, error: QexportError) -> JSONResponse:
         return answer_of(error)
+
+    @app.exception_handler(ValidationError)
+    async def inner(_: Request, error: ValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = _path(first["loc"])
+        text = f"{'.'.join(where)}: {first['msg']}."
+        return JSONResponse(error_body(text, param=where[0] if where else None), 400)
+
+    @app.exception_handler(UnicodeEncodeError)
+    async def no_text(_: Request, __: UnicodeEncodeError) -> JSONResponse:
+        return JSONResponse(error_body("a text is not valid Unicode (half a character)."), 400)
 
     @app.exception_handler(RecursionError)
     async def too_deep(_: Request, __: RecursionError) -> JSONResponse:
@@ -102,4 +114,5 @@ def _path(location: tuple[Any, ...]) -> list[str]:
     parts = [part for part in location if part != "body"]
     plain = [str(part) for part in parts if isinstance(part, int) or str(part).isidentifier()]
     types = {"str", "int", "float", "bool", "none", "dict", "list"}
+    types |= {"text", "tokens", "texts", "many"} if parts[:1] == ["prompt"] else set()
     return [part[:_LONGEST_NAME] for part in plain if part not in types]

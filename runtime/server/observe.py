@@ -95,7 +95,7 @@ class RequestLog:
             self._file = Path(path).open("a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
     def write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from qexport.runtime.sampler import Sampling
 from qexport.runtime.server.errors import FieldError
@@ -25,6 +25,24 @@ _TEMPLATE_VARIABLES = ("enable_thinking", "thinking", "reasoning_effort")
 _LONGEST_TEMPLATE_VALUE = 100
 
 Token = Annotated[int, Field(ge=0)]
+Tokens = Annotated[list[Token], Field(fail_fast=True)]
+
+
+def _kind(prompt: Any) -> str:
+    """Which of its forms a prompt has: its first element says, so that errors are of one alone."""
+    if not isinstance(prompt, list):
+        return "text"
+    first = prompt[0] if prompt else 0
+    return "texts" if isinstance(first, str) else "many" if isinstance(first, list) else "tokens"
+
+
+Prompt = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[Tokens, Tag("tokens")]
+    | Annotated[Annotated[list[str], Field(fail_fast=True)], Tag("texts")]
+    | Annotated[Annotated[list[Tokens], Field(fail_fast=True)], Tag("many")],
+    Discriminator(_kind),
+]
 
 
 class _Strict(BaseModel):
@@ -47,7 +65,7 @@ class GenerateRequest(_Strict):
     repetition_penalty: float | None = Field(default=None, gt=0, le=10)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, float] | None = Field(default=None, max_length=1024)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     stop: str | list[str] | None = None
     stream: bool | None = None
@@ -103,7 +121,7 @@ class GenerateRequest(_Strict):
 class CompletionRequest(GenerateRequest):
     """POST /v1/completions; prompts are texts or token ids."""
 
-    prompt: str | list[Token] | list[str] | list[list[Token]]
+    prompt: Prompt
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0)
     best_of: Literal[1] | None = None
@@ -219,7 +237,7 @@ class ResponseFormat(_Strict):
 class ChatRequest(GenerateRequest):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0)
@@ -334,7 +352,7 @@ class DetokenizeRequest(_Strict):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[Token]
+    tokens: Tokens
 
 
 def _check(holds: bool, message: str, param: str) -> None:

@@ -2,9 +2,7 @@
 
 import asyncio
 import os
-import signal
 import socket
-import threading
 from types import FrameType
 from typing import Any
 
@@ -44,56 +42,77 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, app: FastAPI, limits: Limits) -> None:
         super().__init__(config)
         self._service, self._limits = app.state.service, limits
+        self._engine = self._service.generator.engine
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """In a signal's handler, which may have caught any lock: nothing here takes one."""
         if self.should_exit:
             os._exit(128 + sig)
-        self._service.draining = True
-        late = UnavailableError("the server was shut down before the answer was done.")
-        timer = threading.Timer(
-            self._limits.drain_seconds, self._service.generator.engine.fail_all, (late,)
-        )
-        timer.daemon = True
-        timer.start()
         self.should_exit = True
-        self._captured_signals = [signal.SIGTERM] if sig == signal.SIGTERM else [sig]
+        self._service.draining = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        late = UnavailableError("the server was shut down before the answer was done.")
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(self._limits.drain_seconds, self._engine.fail_all, late)
+        await super().shutdown(sockets)
+        timer.cancel()
 
 
 def _protocol(limits: Limits) -> type[H11Protocol]:
-    """uvicorn's h11, which closes connections whose request does not come."""
+    """uvicorn's h11, which ends connections whose request does not come, or that take nothing.
+
+    They are aborted: closing would wait for what the client does not take.
+    """
 
     class Protocol(H11Protocol):
         _late: asyncio.TimerHandle | None = None
+        _slow: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            if len(self.connections) > limits.connections:
+                transport.abort()
+                return
             self._wait()
 
         def handle_events(self) -> None:
-            running = self.cycle is not None and not self.cycle.response_complete
             super().handle_events()
-            now = self.cycle is not None and not self.cycle.response_complete
-            if now and not running and self._late is not None:
-                self._late.cancel()
-                self._late = None
+            if self._answering:
+                self._stop_waiting()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            if not self.transport.is_closing() and self._late is None:
+            if not self._answering and not self.transport.is_closing():
                 self._wait()
 
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._slow = self.loop.call_later(limits.send_seconds, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self._slow is not None:
+                self._slow.cancel()
+
         def connection_lost(self, exc: Exception | None) -> None:
-            if self._late is not None:
-                self._late.cancel()
+            self._stop_waiting()
+            if self._slow is not None:
+                self._slow.cancel()
             super().connection_lost(exc)
 
-        def _wait(self) -> None:
-            self._late = self.loop.call_later(
-                limits.receive_seconds + limits.idle_seconds, self._give_up
-            )
+        @property
+        def _answering(self) -> bool:
+            return self.cycle is not None and not self.cycle.response_complete
 
-        def _give_up(self) -> None:
-            if not self.transport.is_closing():
-                self.transport.close()
+        def _wait(self) -> None:
+            self._stop_waiting()
+            seconds = limits.receive_seconds + limits.idle_seconds
+            self._late = self.loop.call_later(seconds, self.transport.abort)
+
+        def _stop_waiting(self) -> None:
+            if self._late is not None:
+                self._late.cancel()
+                self._late = None
 
     return Protocol

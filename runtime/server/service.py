@@ -116,6 +116,12 @@ class Service:
         except InputError as error:
             raise FieldError(f"{param}: {error}", param) from error
 
+    def check_choices(self, prompts: int, body: GenerateRequest) -> None:
+        """Raise FieldError for more answers than there may be, before any work is done."""
+        if prompts * body.choices > self.limits.choices:
+            most = self.limits.choices
+            raise FieldError(f"n: a request has at most {most} answers, prompts times n.", "n")
+
     def jobs(
         self,
         body: GenerateRequest,
@@ -124,9 +130,7 @@ class Service:
         grammar: Grammar | None = None,
     ) -> list[Job]:
         """`n` answers to each prompt. Raises FieldError for more than there may be."""
-        if len(prompts) * body.choices > self.limits.choices:
-            most = self.limits.choices
-            raise FieldError(f"n: a request has at most {most} answers, prompts times n.", "n")
+        self.check_choices(len(prompts), body)
         jobs = []
         for prompt in prompts:
             room = max(1, min(default, self.generator.context - len(prompt)))

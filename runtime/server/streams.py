@@ -63,4 +63,4 @@ async def openai_events(
 def event(content: dict[str, Any], name: str | None = None) -> str:
     """One event; names are for the responses API."""
     head = "" if name is None else f"event: {name}\n"
-    return f"{head}data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    return f"{head}data: {json.dumps(content)}\n\n"

@@ -95,7 +95,8 @@ class ToolText:
             value = json.loads(text)
         except (ValueError, RecursionError):
             return None
-        if not isinstance(value, dict) or value.get("name") not in self._names:
+        name = value.get("name") if isinstance(value, dict) else None
+        if not isinstance(name, str) or name not in self._names:
             return None
         arguments = value.get("arguments", value.get("parameters", {}))
-        return Call(value["name"], json.dumps(arguments, ensure_ascii=False))
+        return Call(name, json.dumps(arguments, ensure_ascii=False))

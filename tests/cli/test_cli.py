@@ -112,7 +112,10 @@ def test_kernels_and_caches_may_be_named(cli: Cli, runs: Runs) -> None:
     assert quick.returncode == 0, quick.stderr
     wrong = cli(*arguments, "--kernel", "fast")
     assert wrong.returncode == 2
-    assert "there is no kernel 'fast'; there are cpu, cpu-exact, cuda, triton, humming, reference" in wrong.stderr
+    assert (
+        "there is no kernel 'fast'; there are cpu, cpu-exact, cuda, triton, humming, reference"
+        in wrong.stderr
+    )
     elsewhere = cli(*arguments, "--kernel", "triton")
     assert elsewhere.returncode == 4
     assert "it runs on GPUs, not on cpu" in elsewhere.stderr

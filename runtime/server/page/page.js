@@ -1,7 +1,7 @@
 "use strict";
 
 const at = (id) => document.getElementById(id);
-const conversation = [];
+let conversation = [];
 let model = null;
 let running = null; // the AbortController of an answer that is being made
 
@@ -79,7 +79,7 @@ async function* events(response) {
   }
 }
 
-async function answer() {
+async function answer(conversation) {
   const system = at("system").value.trim();
   const messages = system ? [{ role: "system", content: system }, ...conversation] : conversation;
   const body = addTurn("assistant", "");
@@ -143,7 +143,7 @@ async function send(event) {
   at("send").disabled = true;
   at("stop").disabled = false;
   at("talk").setAttribute("aria-busy", "true");
-  await answer();
+  await answer(conversation);
   running = null;
   at("send").disabled = false;
   at("stop").disabled = true;
@@ -184,7 +184,7 @@ document.addEventListener("keydown", (event) => {
 at("stop").addEventListener("click", () => running?.abort());
 at("clear").addEventListener("click", () => {
   running?.abort();
-  conversation.length = 0;
+  conversation = [];
   at("talk").replaceChildren();
   at("speed").textContent = "";
   notice("");
