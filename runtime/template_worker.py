@@ -1,8 +1,8 @@
 """The process that renders chat templates: a checkpoint's own code, with little memory and time.
 
-`python -m qexport.runtime.template_worker BYTES SECONDS` reads lines of JSON on stdin, {"template",
-"messages", …}, and answers each with one on stdout, {"text"} or {"error"}; its first says that it is
-ready. Whoever asks kills it when it takes too long.
+`python -m qexport.runtime.template_worker BYTES SECONDS` says on stdout that it is ready, reads
+lines of JSON on stdin, {"template", "messages", ...}, and answers each with one, {"text"} or
+{"error"}. Whoever asks kills it when it takes too long.
 """
 
 import json
