@@ -250,7 +250,8 @@ def main() -> None:
         gguf = next((work / "gguf").glob("*.gguf"))
         ours = [sys.executable, "-m", "qexport", "serve", str(work / "m"), "--port", "8301"]
         llama = [str(LLAMA / "llama-server"), "-m", str(gguf), "--port", "8302", "-t", "2"]
-        vllm = [str(VLLM.parent / "vllm"), "serve", str(fetch()), "--port", "8303"]
+        module = "vllm.entrypoints.openai.api_server"  # its command wants a package named vllm
+        vllm = [str(VLLM), "-m", module, "--model", str(fetch()), "--port", "8303"]
         servers = {
             "qexport": [*ours, "--slots", str(SLOTS), "--context", str(CONTEXT)],
             "llama-server": [
