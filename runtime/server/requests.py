@@ -162,6 +162,8 @@ class ToolCall(_Strict):
 
 
 class Message(_Strict):
+    """One message of a conversation."""
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
@@ -200,6 +202,8 @@ class Function(_Strict):
 
 
 class Tool(_Strict):
+    """A function that the model may call."""
+
     type: Literal["function"]
     function: Function
 
@@ -224,6 +228,8 @@ class Schema(_Strict):
 
 
 class ResponseFormat(_Strict):
+    """What an answer is held to."""
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: Schema | None = None
 
