@@ -17,15 +17,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.cuda_decode import tool
-from qexport.runtime.kernels.cuda_source import (
-    DENSE_CHUNKS,
-    DENSE_SHARED,
-    WeightKind,
-    compiled,
-    dense_instance,
-    matmul_instance,
-    text_of,
-)
+from qexport.runtime.kernels.cuda_matmul import dense_text, matmul_text
+from qexport.runtime.kernels.cuda_source import DENSE_SHARED, WeightKind, compiled
 from qexport.runtime.kernels.cuda_tiles import tile_for
 from qexport.runtime.kernels.nvrtc import nvrtc_version
 
@@ -89,9 +82,7 @@ def measure(
 ) -> dict[str, object]:
     """One matmul kernel, by the rule's tile."""
     tile = tile_for(architecture, kind, tokens)
-    instance = matmul_instance(kind, tile, half)
-    text = text_of("matmul.cuh", "qx::Problem", instance, tile.threads, tile.blocks)
-    found = resources(compiled(text, architecture))
+    found = resources(compiled(matmul_text(kind, tile, half), architecture))
     # one turn of the loop goes through `ahead` + 1 chunks
     weights = 8 * tile.tiles * _chunk(kind.bits) * (tile.ahead + 1) // 16
     return {
@@ -105,8 +96,7 @@ def measure(
 
 
 def measure_dense(architecture: str, kind: WeightKind, half: torch.dtype) -> dict[str, object]:
-    text = text_of("dequantize.cuh", "qx::Dense", dense_instance(kind, half), 32 * DENSE_CHUNKS)
-    found = resources(compiled(text, architecture))
+    found = resources(compiled(dense_text(kind, half), architecture))
     del found["loop"]
     return {
         "kernel": f"dequantize {kind.bits} bits span {kind.span}",

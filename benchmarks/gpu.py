@@ -12,6 +12,7 @@ not measured again; after --seconds the rest is left for another call.
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from torch import Tensor
 from benchmarks.gpu_peers import PEERS, Call, Prepare
 from qexport.errors import UnsupportedError
 from qexport.grid import INT3, INT4, SEQ2, Grid, Scheme
+from qexport.runtime.kernels import KERNELS
 from qexport.runtime.kernels.cuda_launch import architecture
 from qexport.runtime.kernels.cuda_matmul import PackedWeight, dense_matmul, matmul_text, tile_matmul
 from qexport.runtime.kernels.cuda_source import Tile, WeightKind, compiled
@@ -235,6 +237,12 @@ def tune(results: Results, half: torch.dtype = torch.bfloat16) -> None:
             found[str(tokens)] = asdict(best)
             print(kind.bits, kind.span, tokens, best, f"{gain:.2f} times the rule", flush=True)
             _write_table(table)
+    names = place.setdefault("kernels", {})
+    for group, grid in kinds:
+        kind = WeightKind.of(Scheme(grid, group))
+        if f"{kind.bits}/{kind.span}" not in names and not results.out_of_time:
+            names[f"{kind.bits}/{kind.span}"] = _fastest(grid, group, half)
+            _write_table(table)
     if "dense" not in place and not results.out_of_time:
         place["dense"] = _dense_from(half)
         _write_table(table)
@@ -256,6 +264,20 @@ def _best_tile(
     last = {tile: _time_tile(tile, layers, tokens, half, tiles[0]) for tile in {*chosen, tiles[0]}}
     best = min(last, key=lambda tile: last[tile])
     return best, (last[tiles[0]] / last[best]) ** (1 / len(layers))
+
+
+def _fastest(grid: Grid, group: int | None, half: torch.dtype) -> str:
+    """The kernel that takes the least time for up to 16 tokens."""
+    weights = copies_of(grid, group, LLAMA[1])
+    times = {}
+    for name in ("cuda", "humming", "triton"):
+        kernel = KERNELS[name]
+        if kernel.refuses(weights[0].scheme, weights[0].shape, weights[0].codes.device) is None:
+            linears = [kernel.prepack(weight) for weight in weights]
+            each = [activations(tokens, LLAMA[1][1], half) for tokens in (1, 4, 16)]
+            micros = [timed([partial(linear.matmul, x) for linear in linears])[0] for x in each]
+            times[name] = math.prod(micros)
+    return min(times, key=lambda name: times[name])
 
 
 def _write_table(table: dict[str, Any]) -> None:

@@ -203,13 +203,20 @@ def _address(tensor: Tensor | None) -> c_void_p | None:
 @cache
 def matmul_text(kind: WeightKind, tile: Tile, dtype: torch.dtype) -> str:
     return text_of(
-        "matmul.cuh", "qx::Problem", matmul_instance(kind, tile, dtype), tile.threads, tile.blocks
+        "matmul.cuh",
+        "qx::Problem",
+        matmul_instance(kind, tile, dtype),
+        tile.threads,
+        tile.shared,
+        tile.blocks,
     )
 
 
 @cache
 def dense_text(kind: WeightKind, dtype: torch.dtype) -> str:
-    return text_of("dequantize.cuh", "qx::Dense", dense_instance(kind, dtype), 32 * DENSE_CHUNKS)
+    return text_of(
+        "dequantize.cuh", "qx::Dense", dense_instance(kind, dtype), 32 * DENSE_CHUNKS, DENSE_SHARED
+    )
 
 
 @cache

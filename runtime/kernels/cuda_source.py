@@ -123,10 +123,13 @@ def dense_instance(kind: WeightKind, half: torch.dtype) -> str:
     return f"qx::Dequantize<{kind.arguments(half)}>"
 
 
-def text_of(header: str, problem: str, instance: str, threads: int, blocks: int = 1) -> str:
+def text_of(
+    header: str, problem: str, instance: str, threads: int, shared: int, blocks: int = 1
+) -> str:
     """The source of a kernel `KERNEL` that runs one instance on a `problem`."""
     return (
         f'#include "{header}"\n'
+        f'static_assert({instance}::kShared == {shared}, "bytes that a launch asks for");\n'
         f'extern "C" __global__ __launch_bounds__({threads}, {blocks}) void\n'
         f"{KERNEL}(const __grid_constant__ {problem} problem) {{\n"
         f"    {instance}::run(problem);\n}}\n"

@@ -14,15 +14,8 @@ import torch
 
 from benchmarks.cuda_decode import tool
 from benchmarks.cuda_resources import RESULT, measure, measure_dense
-from qexport.runtime.kernels.cuda_matmul import matmul_text
-from qexport.runtime.kernels.cuda_source import (
-    Tile,
-    WeightKind,
-    compiled,
-    dense_instance,
-    matmul_instance,
-    text_of,
-)
+from qexport.runtime.kernels.cuda_matmul import dense_text, matmul_text
+from qexport.runtime.kernels.cuda_source import Tile, WeightKind, compiled
 from qexport.runtime.kernels.cuda_tiles import tile_for
 from qexport.runtime.kernels.nvrtc import compile_cubin
 from tests.runtime.cuda.emulated import SOURCES
@@ -87,8 +80,8 @@ def test_dense_kernels_compile_everywhere(committed: dict[str, Any]) -> None:
 def test_nvcc_takes_every_source(architecture: str, tmp_path: Path) -> None:
     tile = Tile(1, 8, 4, 2, 4, 1, 1, wgmma=architecture == "sm_90a")
     texts = [
-        text_of("matmul.cuh", "qx::Problem", matmul_instance(UINT4, tile, torch.float16), 256),
-        text_of("dequantize.cuh", "qx::Dense", dense_instance(INT3, torch.bfloat16), 128),
+        matmul_text(UINT4, tile, torch.float16),
+        dense_text(INT3, torch.bfloat16),
     ]
     for index, text in enumerate(texts):
         source = tmp_path / f"{index}.cu"
