@@ -5,6 +5,7 @@ which says what tokens may come next.
 """
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,21 @@ from numpy.typing import NDArray
 
 from qexport.errors import InputError, QexportError
 
-__all__ = ["Constraint", "Grammar", "Grammars", "check_schema"]
+__all__ = ["CALL_CLOSE", "CALL_OPEN", "Constraint", "Grammar", "Grammars", "check_schema"]
+
+CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"  # as Hermes, Qwen and SmolLM2 write them
 
 _LARGEST_SCHEMA = 64 << 10  # bytes
 _DEEPEST_SCHEMA = 64
 _FORM = {"whitespace_pattern": "[ ]?"}  # a model must not end its days in blanks
+_CALLS = """%llguidance {{}}
+start: {start}
+call: opening BLANK %json {schema} BLANK "</tool_call>"
+opening[lazy]: TEXT "<tool_call>"
+rest: TEXT
+TEXT: /(.|\\n)*/
+BLANK: /[ \\n]?/
+"""
 
 
 class Grammar:
@@ -74,8 +85,23 @@ class Grammars:
         from llguidance import LLMatcher
 
         check_schema(schema)
+        return self._made(lambda: LLMatcher.grammar_from_json_schema(schema, overrides=_FORM))
+
+    def calls(self, schema: Any, parallel: bool) -> Grammar:
+        """Free text, in which what stands between <tool_call> tags is a value of a schema.
+
+        parallel: any number of calls; else the first one ends the answer.
+        """
+        check_schema(schema)
+        start = "call* rest" if parallel else "call | rest"
+        described = json.dumps({**schema, "x-guidance": _FORM})
+        return self._made(lambda: _CALLS.format(start=start, schema=described))
+
+    def _made(self, write: Callable[[], str]) -> Grammar:
+        from llguidance import LLMatcher
+
         try:
-            text = LLMatcher.grammar_from_json_schema(schema, overrides=_FORM)
+            text = write()
             wrong = LLMatcher.validate_grammar(text, self.tokenizer)
             matcher = LLMatcher(self.tokenizer, text, log_level=0)
             matcher.compute_bitmask()  # what is too much for it shows here

@@ -4,10 +4,11 @@ import threading
 from typing import Any
 
 from qexport.errors import InputError
+from qexport.runtime.constraint import CALL_OPEN
 from qexport.runtime.engine import Engine, Ticket
 from qexport.runtime.model import Decoder
 from qexport.runtime.sampler import Sampling
-from qexport.runtime.scheduler import Piece
+from qexport.runtime.scheduler import ContextError, Piece
 from qexport.runtime.templates import TemplateWorker
 
 __all__ = ["Generator", "Piece", "Sampling"]
@@ -32,13 +33,23 @@ class Generator:
         end = tokenizer.eos_token_id
         self.end_tokens = end_tokens | (frozenset() if end is None else {end})
         self.templates = TemplateWorker()
+        # characters, or bytes where the vocabulary has those
+        self._longest_token = max(map(len, tokenizer.get_vocab()))
         self._waiting = waiting
         self._engine: Engine | None = None
         self._lock = threading.Lock()
 
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
-        """Prompt tokens of plain text; special_tokens: with those that begin a text."""
+        """Prompt tokens of plain text; special_tokens: with those that begin a text.
+
+        Raises InputError for half a character, ContextError for what is too long to look at.
+        """
         _check_text(text)
+        if len(text) > self.context * self._longest_token:
+            raise ContextError(
+                f"the prompt has {len(text)} characters, which cannot fit the context of "
+                f"{self.context} tokens."
+            )
         made = self.tokenizer(text, add_special_tokens=special_tokens, verbose=False)
         ids: list[int] = made["input_ids"]
         return ids
@@ -55,8 +66,19 @@ class Generator:
         """Whether the model says how conversations are written."""
         return bool(getattr(self.tokenizer, "chat_template", None))
 
+    @property
+    def tags_calls(self) -> bool:
+        """Whether the template has calls of tools written as text between <tool_call> tags."""
+        if not self.has_template or CALL_OPEN in self.tokenizer.all_special_tokens:
+            return False
+        return CALL_OPEN in self.tokenizer.get_chat_template(tools=[{}])
+
     def encode_chat(self, messages: list[dict[str, Any]], **variables: Any) -> list[int]:
-        """Prompt tokens of a conversation; variables, `tools` among them, are the template's.
+        """Prompt tokens of a conversation; raises what `render` and `encode` do."""
+        return self.encode(self.render(messages, **variables), special_tokens=False)
+
+    def render(self, messages: list[dict[str, Any]], **variables: Any) -> str:
+        """The text of a conversation; variables, `tools` among them, are the template's.
 
         Raises InputError where the template refuses it, or takes too much time or memory.
         """
@@ -64,10 +86,7 @@ class Generator:
             raise InputError("this model has no chat template; use plain completions.")
         template = self.tokenizer.get_chat_template(tools=variables.get("tools"))
         special = {name: str(text) for name, text in self.tokenizer.special_tokens_map.items()}
-        text = self.templates.render(template, messages, **{**special, **variables})
-        _check_text(text)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+        return self.templates.render(template, messages, **{**special, **variables})
 
     def stream(self, prompt: list[int], sampling: Sampling) -> Ticket:
         """Generate from prompt tokens; the last piece alone has a finish_reason.

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +17,10 @@ __all__ = ["Sampler", "Sampling", "TokenLogprob", "no_numbers"]
 _GREEDY_BELOW = 1e-4  # smaller temperatures overflow float32 and mean the same
 _MOST_LOGPROBS = 20
 _MOST_STOPS = 16
+_FIRST_LOOK = 256  # tokens that are sorted first: a nucleus is rarely larger
 
 Logits = NDArray[np.float32]
+Probabilities = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,8 @@ class Sampling:
             and abs(self.presence_penalty) <= 2,
             f"logprobs {self.logprobs} is not between 0 and {_MOST_LOGPROBS}": self.logprobs is None
             or 0 <= self.logprobs <= _MOST_LOGPROBS,
-            "a logit_bias is not between -100 and 100": all(
-                -100 <= bias <= 100 for bias in self.logit_bias.values()
+            "a logit_bias is not between -100 and 100, or its token negative": all(
+                token >= 0 and -100 <= bias <= 100 for token, bias in self.logit_bias.items()
             ),
             f"there are more than {_MOST_STOPS} stop strings, or an empty one": len(self.stop)
             <= _MOST_STOPS
@@ -101,6 +104,9 @@ class Sampler:
         self._random = np.random.Generator(np.random.PCG64(sampling.seed))
         self._prompt = np.unique(np.array(prompt, dtype=np.int64))
         self._output: Counter[int] = Counter()
+        biases = sampling.logit_bias
+        self._biased = np.fromiter(biases, np.int64, len(biases))
+        self._biases = np.fromiter(biases.values(), np.float32, len(biases))
 
     @property
     def plain(self) -> bool:
@@ -147,10 +153,7 @@ class Sampler:
         probabilities[probabilities < sampling.min_p] = 0  # the best one is 1
         probabilities /= probabilities.sum()
         if sampling.top_p < 1:
-            order = np.argsort(-probabilities, kind="stable")
-            before = np.cumsum(probabilities[order]) - probabilities[order]
-            probabilities[order[before >= sampling.top_p]] = 0
-            probabilities /= probabilities.sum()
+            probabilities = _nucleus(probabilities, sampling.top_p)
         at = np.searchsorted(np.cumsum(probabilities), self._random.random(), side="right")
         possible = np.flatnonzero(probabilities)
         return int(kept[min(int(at), int(possible[-1]))])
@@ -171,17 +174,41 @@ class Sampler:
             counts = np.fromiter(self._output.values(), dtype=np.float32, count=len(output))
             penalty = sampling.frequency_penalty * counts + sampling.presence_penalty
             shaped[output] -= penalty.astype(np.float32)
-        for token, bias in sampling.logit_bias.items():
-            if 0 <= token < len(shaped):
-                shaped[token] += bias
+        shaped[self._biased] += self._biases
         if self._constraint is not None:
             shaped[~self._constraint.allowed(len(shaped))] = -np.inf
         return shaped
 
 
+def _nucleus(probabilities: Probabilities, share: float) -> Probabilities:
+    """The most probable ones that come to `share`, the others 0; they sum to 1 again."""
+    count = _FIRST_LOOK
+    while True:
+        order = _largest(probabilities, count)
+        reached = np.cumsum(probabilities[order])
+        if len(order) == len(probabilities) or reached[-1] > share + 1e-9:  # beyond all rounding
+            break
+        count *= 16
+    kept = order[reached - probabilities[order] < share]
+    found = np.zeros_like(probabilities)
+    found[kept] = probabilities[kept]
+    found /= found.sum()
+    return found
+
+
+def _largest(values: NDArray[Any], count: int) -> NDArray[np.intp]:
+    """Places of the `count` largest values, in order; of equal ones the first come first."""
+    if count <= 0:
+        return np.zeros(0, np.intp)
+    if count >= len(values):
+        return np.argsort(-values, kind="stable")
+    least = np.partition(values, -count)[-count]
+    places = np.flatnonzero(values >= least)
+    return places[np.argsort(-values[places], kind="stable")][:count]
+
+
 def _logprob(logits: Logits, token: int, count: int) -> TokenLogprob:
-    wide = logits.astype(np.float64)
-    logs = wide - wide.max()
-    logs -= np.log(np.exp(logs).sum())
-    top = np.argsort(-logs, kind="stable")[:count]
-    return TokenLogprob(token, float(logs[token]), tuple((int(t), float(logs[t])) for t in top))
+    largest = np.float64(logits.max())
+    total = largest + np.log(np.exp(logits.astype(np.float64) - largest).sum())
+    top = tuple((int(at), float(logits[at] - total)) for at in _largest(logits, count))
+    return TokenLogprob(token, float(logits[token] - total), top)

@@ -5,12 +5,14 @@ in chunks beside the others' tokens, and then takes one token a step until it en
 knows threads; `engine` has the one that calls `step`.
 """
 
+import copy
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qexport.errors import InputError, QexportError
 from qexport.runtime.device_sampler import NO_TOKEN
@@ -18,7 +20,13 @@ from qexport.runtime.model import Decoder, Span
 from qexport.runtime.sampler import Sampler, Sampling, TokenLogprob, no_numbers
 from qexport.runtime.text import TextStream
 
-__all__ = ["Piece", "QueueFullError", "Scheduler", "Sequence"]
+__all__ = ["ContextError", "Piece", "QueueFullError", "Scheduler", "Sequence"]
+
+Tokens = NDArray[np.int32]
+
+
+class ContextError(InputError):
+    """A prompt and the tokens wanted are more than the model's context."""
 
 
 class QueueFullError(QexportError):
@@ -29,7 +37,8 @@ class QueueFullError(QexportError):
 class Piece:
     """New text, the tokens generated so far, and why it ended (`stop` or `length`) if it did.
 
-    `error` ends a request that went wrong; `cached` counts prompt tokens that were in a slot.
+    `error` ends a request that went wrong; `cached` counts prompt tokens that were in a slot;
+    `made` is when, by the monotonic clock.
     """
 
     text: str
@@ -39,6 +48,7 @@ class Piece:
     logprob: TokenLogprob | None = None
     error: Exception | None = None
     cached: int = 0
+    made: float = field(default_factory=time.monotonic)
 
     @property
     def last(self) -> bool:
@@ -91,7 +101,8 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in order of admission
         # tokens whose keys and values each free slot still holds, least recently used first
-        self._free: dict[int, list[int]] = {slot: [] for slot in range(decoder.slots)}
+        nothing = np.zeros(0, np.int32)
+        self._free: dict[int, Tokens] = dict.fromkeys(range(decoder.slots), nothing)
 
     @property
     def busy(self) -> bool:
@@ -119,8 +130,11 @@ class Scheduler:
         if not 0 <= min(prompt) <= max(prompt) < self._decoder.vocabulary:
             wrong = min(prompt) if min(prompt) < 0 else max(prompt)
             raise InputError(f"token {wrong} is not in the model's vocabulary.")
+        unknown = [token for token in sampling.logit_bias if token >= self._decoder.vocabulary]
+        if unknown:
+            raise InputError(f"logit_bias: token {unknown[0]} is not in the model's vocabulary.")
         if len(prompt) + sampling.max_tokens > self._decoder.context:
-            raise InputError(
+            raise ContextError(
                 f"the prompt has {len(prompt)} tokens, and with {sampling.max_tokens} more it does "
                 f"not fit the context of {self._decoder.context}."
             )
@@ -135,7 +149,9 @@ class Scheduler:
     def cancel_all(self, error: Exception) -> None:
         """End every request with an error."""
         for sequence in [*self._waiting, *self._running]:
-            self._fail(sequence, error)
+            self._fail(
+                sequence, copy.copy(error)
+            )  # each is raised elsewhere, with its own traceback
 
     def step(self) -> None:
         """Admit what has room, run one step, and tell of each new token."""
@@ -154,7 +170,7 @@ class Scheduler:
     def _admit(self) -> None:
         while self._waiting and self._free:
             sequence = self._waiting.popleft()
-            prompt = sequence.prompt
+            prompt = np.array(sequence.prompt, np.int32)
             slot = max(self._free, key=lambda slot: _worth(self._free[slot], prompt))
             held = self._free.pop(slot)
             shared = _shared(held, prompt)
@@ -252,11 +268,11 @@ class Scheduler:
     def _release(self, sequence: Sequence, held: int) -> None:
         assert sequence.slot is not None
         self._running.remove(sequence)
-        self._free[sequence.slot] = sequence.tokens[:held]
+        self._free[sequence.slot] = np.array(sequence.tokens[:held], np.int32)
         sequence.slot = None
 
 
-def _worth(held: list[int], prompt: list[int]) -> int:
+def _worth(held: Tokens, prompt: Tokens) -> int:
     """What a slot's tokens save; nothing where they are the better part of neither side.
 
     A few tokens that every prompt begins with are no reason to lose a long conversation.
@@ -265,9 +281,8 @@ def _worth(held: list[int], prompt: list[int]) -> int:
     return shared if 2 * shared >= min(len(held), len(prompt)) else 0
 
 
-def _shared(held: list[int], prompt: list[int]) -> int:
+def _shared(held: Tokens, prompt: Tokens) -> int:
     """Tokens that both begin with."""
-    for at, (a, b) in enumerate(zip(held, prompt, strict=False)):
-        if a != b:
-            return at
-    return min(len(held), len(prompt))
+    both = min(len(held), len(prompt))
+    differ = np.flatnonzero(held[:both] != prompt[:both])
+    return int(differ[0]) if len(differ) else both

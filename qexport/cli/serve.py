@@ -108,6 +108,8 @@ def command(
         run(app, listener, bounds)
     finally:
         generator.close()
+        if log is not None:
+            log.close()
 
 
 def _keys(given: tuple[str, ...], file: Path | None) -> list[str]:

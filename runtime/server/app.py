@@ -1,20 +1,23 @@
 """The routes of an OpenAI-compatible server over one model."""
 
+import mimetypes
+import uuid
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from anyio import to_thread
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.middleware.cors import CORSMiddleware
 
 from qexport.runtime.generator import Generator
 from qexport.runtime.server.errors import FieldError, error_body, install_errors
 from qexport.runtime.server.guard import Guard
 from qexport.runtime.server.limits import Limits
-from qexport.runtime.server.observe import Record, RequestLog
+from qexport.runtime.server.record import Record, Recorder
 from qexport.runtime.server.replies import Reply
+from qexport.runtime.server.request_log import RequestLog
 from qexport.runtime.server.requests import (
     ChatRequest,
     CompletionRequest,
@@ -24,7 +27,8 @@ from qexport.runtime.server.requests import (
 )
 from qexport.runtime.server.responses import Response as ResponseObject
 from qexport.runtime.server.service import Exchange, Service
-from qexport.runtime.server.streams import EventStream, openai_events
+from qexport.runtime.server.streams import OpenAIAnswer, respond
+from qexport.runtime.server.tools import offered
 from qexport.version import __version__
 
 __all__ = ["create_app"]
@@ -84,12 +88,13 @@ def create_app(
         app.add_middleware(
             CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"]
         )
+    app.add_middleware(Recorder, metrics=service.metrics, log=log)
     _add_state(app, service)
     _add_tokens(app, service)
     _add_completions(app, service)
     _add_chat(app, service)
     _add_responses(app, service)
-    _add_page(app, service)
+    _add_page(app)
     _document_errors(app)
     return app
 
@@ -101,6 +106,8 @@ def _add_state(app: FastAPI, service: Service) -> None:
         if trouble is None:
             return JSONResponse({"status": "ok"})
         return JSONResponse(error_body(trouble, "server_error"), 503)
+
+    app.add_api_route("/health", health, methods=["HEAD"], include_in_schema=False)
 
     @app.get("/ready", responses=_ERRORS)
     async def ready() -> Response:
@@ -150,106 +157,127 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     generator = service.generator
 
     @app.post("/tokenize", responses=_ERRORS)
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(body: TokenizeRequest) -> JSONResponse:
         service.check_model(body.model)
         if body.messages is not None:
             chat = ChatRequest(model=service.model, messages=body.messages)
             ids = await service.encode_chat(chat)
         else:
-            assert body.prompt is not None
-            text, special = body.prompt, body.add_special_tokens
-            ids = await to_thread.run_sync(lambda: generator.encode(text, special))
-        found = {"count": len(ids), "max_model_len": generator.context, "tokens": ids}
-        if body.return_token_strs:
-            found["token_strs"] = generator.tokenizer.convert_ids_to_tokens(ids)
-        return found
+            ids = await service.encode(body.prompt or "", body.add_special_tokens)
+
+        def made() -> JSONResponse:
+            found = {"count": len(ids), "max_model_len": generator.context, "tokens": ids}
+            if body.return_token_strs:
+                found["token_strs"] = generator.tokenizer.convert_ids_to_tokens(ids)
+            return JSONResponse(found)
+
+        return await service.text_lane.run(made)
 
     @app.post("/detokenize", responses=_ERRORS)
-    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+    async def detokenize(body: DetokenizeRequest) -> JSONResponse:
         service.check_model(body.model)
-        return {"prompt": await to_thread.run_sync(generator.decode, body.tokens)}
 
+        def made() -> JSONResponse:
+            return JSONResponse({"prompt": generator.decode(body.tokens)})
 
-def _record(service: Service, route: str, body: Any, prompt: Any) -> Record:
-    record = Record(service.metrics, service.log, route, bool(body.stream))
-    record.prompt(prompt)
-    return record
+        return await service.text_lane.run(made)
 
 
 def _add_completions(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", responses=_STREAMED, response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         service.check_model(body.model)
-        record = _record(service, "/v1/completions", body, body.prompt)
-        await service.prepare(body.logprobs is not None)
-        if not body.prompts:
-            raise FieldError("prompt: there is none.", "prompt")
-        service.check_choices(len(body.prompts), body)
-        prompts = [await service.encode(prompt) for prompt in body.prompts]
-        jobs = service.jobs(body, prompts, _COMPLETION_TOKENS)
-        echoes = None
-        if body.echo:
-            echoes = [service.generator.decode(job.prompt) for job in jobs]
-        exchange = Exchange.begin(service, jobs, record, set())
-        reply = Reply("text_completion", service.model, service.spell, body.logprobs is not None)
-        record.about(id=reply.id)
-        if body.stream:
-            usage = bool(body.stream_options and body.stream_options.include_usage)
-            return EventStream(openai_events(exchange, reply, usage, echoes), exchange.answers)
+        record: Record = request.state.record
+        record.asked(bool(body.stream), body.prompt)
 
-        def make() -> dict[str, Any]:
-            for choice, echo in zip(exchange.choices, echoes or (), strict=False):
-                choice.text = echo + choice.text
-            return reply.whole(exchange.choices, exchange.counts)
+        async def begin() -> OpenAIAnswer:
+            service.admit()
+            if not body.prompts:
+                raise FieldError("prompt: there is none.", "prompt")
+            service.check_choices(len(body.prompts), body)
+            if body.logprobs is not None:
+                await service.prepare_spelling()
+            prompts = [
+                await service.encode(prompt) if isinstance(prompt, str) else prompt
+                for prompt in body.prompts
+            ]
+            echoes = await _echoes(service, body) if body.echo else None
+            jobs = service.jobs(body, prompts, _COMPLETION_TOKENS)
+            reply = Reply(
+                "text_completion", service.model, service.spell, body.logprobs is not None
+            )
+            exchange = Exchange(service, jobs, record, reply.id)
+            return OpenAIAnswer(exchange, reply, body.usage_wanted, echoes)
 
-        return await exchange.whole(request, make)
+        return await respond(request, bool(body.stream), begin)
+
+
+async def _echoes(service: Service, body: CompletionRequest) -> list[str]:
+    """The prompt of each choice, as it was given."""
+    found = []
+    for prompt in body.prompts:
+        if isinstance(prompt, str):
+            text = prompt
+        else:
+            text = await service.text_lane.run(partial(service.generator.decode, prompt))
+        found += [text] * body.choices
+    return found
 
 
 def _add_chat(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", responses=_STREAMED, response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
         service.check_model(body.model)
-        messages = [message.model_dump(exclude_none=True) for message in body.messages]
-        record = _record(service, "/v1/chat/completions", body, messages)
-        exchange = await _begin_chat(service, body, record)
-        logprobs = bool(body.logprobs)
-        reply = Reply("chat.completion", service.model, service.spell, logprobs)
-        record.about(id=reply.id)
-        if body.stream:
-            usage = bool(body.stream_options and body.stream_options.include_usage)
-            return EventStream(openai_events(exchange, reply, usage), exchange.answers)
-        return await exchange.whole(request, lambda: reply.whole(exchange.choices, exchange.counts))
+        record: Record = request.state.record
+        record.asked(bool(body.stream), [message.for_template() for message in body.messages])
+
+        async def begin() -> OpenAIAnswer:
+            reply = Reply("chat.completion", service.model, service.spell, bool(body.logprobs))
+            exchange = await _begin_chat(service, body, record, reply.id)
+            return OpenAIAnswer(exchange, reply, body.usage_wanted)
+
+        return await respond(request, bool(body.stream), begin)
 
 
-async def _begin_chat(service: Service, body: ChatRequest, record: Record) -> Exchange:
-    await service.prepare(bool(body.logprobs))
+async def _begin_chat(service: Service, body: ChatRequest, record: Record, answer: str) -> Exchange:
+    service.admit()
+    service.check_choices(1, body)
+    if body.logprobs:
+        await service.prepare_spelling()
     grammar = await service.grammar(body)
     prompt = await service.encode_chat(body)
-    tools = {tool.function.name for tool in body.tools or ()}
-    if body.tool_choice == "none":
-        tools = set()
     jobs = service.jobs(body, [prompt], _CHAT_TOKENS, grammar)
-    return Exchange.begin(service, jobs, record, tools)
+    tools = {tool.function.name for tool in offered(body)}
+    return Exchange(service, jobs, record, answer, tools, body.parallel_tool_calls is not False)
 
 
 def _add_responses(app: FastAPI, service: Service) -> None:
     @app.post("/v1/responses", responses=_STREAMED, response_model=None)
     async def responses(body: ResponsesRequest, request: Request) -> Response:
         service.check_model(body.model)
-        record = _record(service, "/v1/responses", body, body.model_dump()["input"])
-        exchange = await _begin_chat(service, body.as_chat(), record)
-        response = ResponseObject(body, exchange)
-        if body.stream:
-            return EventStream(response.events(), exchange.answers)
-        return await exchange.whole(request, response.whole)
+        record: Record = request.state.record
+        record.asked(bool(body.stream), body.model_dump()["input"])
+
+        async def begin() -> ResponseObject:
+            answer = f"resp_{uuid.uuid4().hex}"
+            exchange = await _begin_chat(service, body.as_chat(), record, answer)
+            return ResponseObject(body, exchange, answer)
+
+        return await respond(request, bool(body.stream), begin)
 
 
-def _add_page(app: FastAPI, service: Service) -> None:
-    headers = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff"}
+def _add_page(app: FastAPI) -> None:
+    headers = {
+        "Content-Security-Policy": _POLICY,
+        "X-Content-Type-Options": "nosniff",
+        "Cache-Control": "no-cache",
+    }
     for path, name in (("/", "index.html"), ("/page.css", "page.css"), ("/page.js", "page.js")):
+        content = (_PAGE / name).read_bytes()
+        kind = mimetypes.guess_type(name)[0]
 
-        def page(name: str = name) -> FileResponse:
-            return FileResponse(_PAGE / name, headers={**headers, "Cache-Control": "no-cache"})
+        async def page(content: bytes = content, kind: str | None = kind) -> Response:
+            return Response(content, media_type=kind, headers=headers)
 
         app.add_api_route(path, page, include_in_schema=False, response_model=None)
 

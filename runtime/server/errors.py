@@ -10,9 +10,16 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from qexport.errors import InputError, QexportError
-from qexport.runtime.scheduler import QueueFullError
+from qexport.runtime.scheduler import ContextError, QueueFullError
 
-__all__ = ["FieldError", "NoSuchModelError", "UnavailableError", "error_body", "install_errors"]
+__all__ = [
+    "FieldError",
+    "NoSuchModelError",
+    "UnavailableError",
+    "answer_of",
+    "error_body",
+    "install_errors",
+]
 
 _LONGEST_MESSAGE = 500  # a request must not choose the size of its answer
 _LONGEST_NAME = 100
@@ -104,7 +111,7 @@ def answer_of(error: QexportError) -> JSONResponse:
         return JSONResponse(body, 503, {"Retry-After": "5"})
     if isinstance(error, InputError):
         param = error.param if isinstance(error, FieldError) else None
-        code = "context_length_exceeded" if "fit the context" in text else None
+        code = "context_length_exceeded" if isinstance(error, ContextError) else None
         return JSONResponse(error_body(text, param=param, code=code), 400)
     return JSONResponse(error_body(text, "server_error"), 500)
 

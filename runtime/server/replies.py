@@ -36,40 +36,44 @@ class Counts:
 
 @dataclass(frozen=True)
 class Delta:
-    """What one piece adds to a choice."""
+    """What one piece adds to a choice; its calls are numbered from `first_call`."""
 
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     calls: tuple[Call, ...] = ()
+    first_call: int = 0
     finish: str | None = None
 
 
 @dataclass
 class Choice:
-    """One answer as it grows; `tools` are names of what it may call."""
+    """One answer as it grows; `tools` are names of what it may call, `parallel` at a time."""
 
     tools: set[str] = field(default_factory=set)
+    parallel: bool = True
     text: str = ""
     calls: list[Call] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: str | None = None
 
     def __post_init__(self) -> None:
-        self._tool_text = ToolText(self.tools)
+        self._tool_text = ToolText(self.tools, self.parallel)
 
     def add(self, piece: Piece) -> Delta:
         """Take a piece in, and say what is new."""
-        text = self._tool_text.feed(piece.text)
-        calls: list[Call] = []
+        text, calls = self._tool_text.feed(piece.text)
+        first_call = len(self.calls)
         if piece.finish_reason is not None:
-            rest, calls = self._tool_text.rest()
-            text += rest
-            self.finish = "tool_calls" if calls else piece.finish_reason
+            rest, last = self._tool_text.rest()
+            text, calls = text + rest, calls + last
         self.text += text
         self.calls += calls
+        if piece.finish_reason is not None:
+            called = self.calls and piece.finish_reason == "stop"
+            self.finish = "tool_calls" if called else piece.finish_reason
         logprobs = () if piece.logprob is None else (piece.logprob,)
         self.logprobs += logprobs
-        return Delta(text, logprobs, tuple(calls), self.finish)
+        return Delta(text, logprobs, tuple(calls), first_call, self.finish)
 
 
 class Reply:
@@ -113,7 +117,8 @@ class Reply:
             content = self._content({"content": delta.text}, delta.text)
             found.append(self._chunk(index, content, logprobs, None))
         if delta.calls:
-            calls = [{"index": i, **call.body()} for i, call in enumerate(delta.calls)]
+            numbered = enumerate(delta.calls, delta.first_call)
+            calls = [{"index": number, **call.body()} for number, call in numbered]
             found.append(self._chunk(index, {"delta": {"tool_calls": calls}}, None, None))
         if delta.finish is not None:
             found.append(self._chunk(index, self._content({}, ""), None, delta.finish))

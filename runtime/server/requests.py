@@ -84,6 +84,11 @@ class GenerateRequest(_Strict):
     def choices(self) -> int:
         return self.n or 1
 
+    @property
+    def usage_wanted(self) -> bool:
+        """Whether a stream ends with its usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
     def wanted_logprobs(self) -> int | None:
         """Most probable tokens that are wanted beside each one; None for no logprobs."""
         return None

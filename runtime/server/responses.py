@@ -17,15 +17,19 @@ __all__ = ["Response"]
 class Response:
     """One response as it grows."""
 
-    def __init__(self, body: ResponsesRequest, exchange: Exchange) -> None:
-        self._body, self._exchange = body, exchange
-        self._id, self._item = f"resp_{uuid.uuid4().hex}", f"msg_{uuid.uuid4().hex}"
+    def __init__(self, body: ResponsesRequest, exchange: Exchange, answer: str) -> None:
+        self._body, self.exchange = body, exchange
+        self._id, self._item = answer, f"msg_{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._number = 0
 
-    def whole(self, error: str | None = None) -> dict[str, Any]:
+    async def whole(self) -> dict[str, Any]:
+        """The body."""
+        return self._made()
+
+    def _made(self, error: str | None = None) -> dict[str, Any]:
         """The body, as far as it has come."""
-        body, choice = self._body, self._exchange.choices[0]
+        body, choice = self._body, self.exchange.choices[0]
         cut = choice.finish == "length"
         status = "in_progress" if choice.finish is None else "incomplete" if cut else "completed"
         done = choice.finish is not None
@@ -60,28 +64,28 @@ class Response:
         """The stream's events, in OpenAI's order."""
         place = {"output_index": 0, "item_id": self._item, "content_index": 0}
         try:
-            yield self._event("response.created", response=self.whole())
-            yield self._event("response.in_progress", response=self.whole())
+            yield self._event("response.created", response=self._made())
+            yield self._event("response.in_progress", response=self._made())
             item = {**self._message("in_progress", ""), "content": []}
             yield self._event("response.output_item.added", output_index=0, item=item)
             yield self._event("response.content_part.added", **place, part=_part(""))
-            async with aclosing(self._exchange.deltas()) as deltas:
+            async with aclosing(self.exchange.deltas()) as deltas:
                 async for _, delta in deltas:
                     if delta.text:
                         more = {**place, "delta": delta.text, "logprobs": []}
                         yield self._event("response.output_text.delta", **more)
-            text = self._exchange.choices[0].text
+            text = self.exchange.choices[0].text
             done = {**place, "text": text, "logprobs": []}
             yield self._event("response.output_text.done", **done)
             yield self._event("response.content_part.done", **place, part=_part(text))
-            whole = self.whole()
+            whole = self._made()
             item = whole["output"][0]
             yield self._event("response.output_item.done", output_index=0, item=item)
             yield self._event(f"response.{whole['status']}", response=whole)
         except QexportError as error:
-            yield self._event("response.failed", response=self.whole(str(error)))
+            yield self._event("response.failed", response=self._made(str(error)))
         except Exception:  # the answer has begun: an event is the only way to say it
-            yield self._event("response.failed", response=self.whole("internal error."))
+            yield self._event("response.failed", response=self._made("internal error."))
 
     def _event(self, kind: str, **content: Any) -> str:
         self._number += 1
@@ -95,7 +99,7 @@ class Response:
         }
 
     def _usage(self) -> dict[str, Any]:
-        counts = self._exchange.counts
+        counts = self.exchange.counts
         return {
             "input_tokens": counts.prompt,
             "input_tokens_details": {"cached_tokens": counts.cached},

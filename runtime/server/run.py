@@ -3,6 +3,7 @@
 import asyncio
 import os
 import socket
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -16,12 +17,15 @@ from qexport.runtime.server.limits import Limits
 __all__ = ["run"]
 
 _LARGEST_HEAD = 32 << 10  # bytes of a request line and its headers
+_MOST_FILES = 1 << 16
+_OTHER_FILES = 64  # the model's, pipes, the log
 _AFTER_DRAIN = 5  # seconds for streams to end after their answers were
 
 
 def run(app: FastAPI, listener: socket.socket, limits: Limits) -> None:
     """Serve until SIGTERM or SIGINT: running answers then have `drain_seconds`; a second signal
     ends at once."""
+    limits = replace(limits, connections=min(limits.connections, _files() - _OTHER_FILES))
     config = uvicorn.Config(
         app,
         http=_protocol(limits),
@@ -36,6 +40,20 @@ def run(app: FastAPI, listener: socket.socket, limits: Limits) -> None:
         h11_max_incomplete_event_size=_LARGEST_HEAD,
     )
     _Server(config, app, limits).run(sockets=[listener])
+
+
+def _files() -> int:
+    """Files that the process may have open, after asking for as many as it can get."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return _MOST_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    return _MOST_FILES if soft == resource.RLIM_INFINITY else soft
 
 
 class _Server(uvicorn.Server):

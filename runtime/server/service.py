@@ -1,33 +1,27 @@
 """From a request to its answers: the model, prompts, grammars, limits."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any, TypeVar
-
-import anyio
-from anyio import to_thread
-from fastapi import Request, Response
-from fastapi.responses import JSONResponse
 
 from qexport.errors import InputError, QexportError
 from qexport.runtime.constraint import Grammar, Grammars
-from qexport.runtime.engine import Engine
 from qexport.runtime.generator import Generator
 from qexport.runtime.scheduler import QueueFullError
 from qexport.runtime.server.answers import Answers, Job
 from qexport.runtime.server.errors import FieldError, NoSuchModelError, UnavailableError
+from qexport.runtime.server.lanes import Lane
 from qexport.runtime.server.limits import Limits
-from qexport.runtime.server.observe import Metrics, Record, RequestLog
+from qexport.runtime.server.metrics import Metrics
+from qexport.runtime.server.record import Record
 from qexport.runtime.server.replies import Choice, Counts, Delta
+from qexport.runtime.server.request_log import RequestLog
 from qexport.runtime.server.requests import ChatRequest, GenerateRequest, ResponseFormat
-from qexport.runtime.server.tools import call_schema, must_call
+from qexport.runtime.server.tools import call_schema, must_call, offered
 
 __all__ = ["Exchange", "Service"]
 
 _COMPILE_SECONDS = 10.0  # for a grammar
-Result = TypeVar("Result")
 
 
 class Service:
@@ -38,20 +32,26 @@ class Service:
     ) -> None:
         self.generator, self.model, self.limits, self.log = generator, model, limits, log
         self.metrics = Metrics(model, generator.engine)
+        if log is not None:
+            self.metrics.gauge("qexport:log_lines_dropped", "Not written.", lambda: log.dropped)
         self.draining = False
+        waiting = limits.queue
+        self.template_lane = Lane("templates", 1, waiting)  # their process does one at a time
+        self.text_lane = Lane("text", 2, waiting)
+        self.grammar_lane = Lane("grammars", 2, waiting)
         self._grammars = Grammars(
             generator.tokenizer, generator.decoder.vocabulary, generator.end_tokens
         )
 
-    @property
-    def engine(self) -> Engine:
-        """Raises UnavailableError where nothing new may begin."""
+    def admit(self) -> None:
+        """Raise UnavailableError or QueueFullError where nothing new may begin."""
         if self.draining:
             raise UnavailableError("the server is shutting down; ask another one.")
         engine = self.generator.engine
         if engine.ended is not None:
             raise UnavailableError(str(engine.ended))
-        return engine
+        if engine.waiting >= self.limits.queue:
+            raise QueueFullError(f"{engine.waiting} requests are waiting already; try again later.")
 
     @property
     def trouble(self) -> str | None:
@@ -74,23 +74,22 @@ class Service:
         """A token's own bytes."""
         return bytes(self._grammars.tokenizer.decode_bytes([token]))
 
-    async def prepare(self, with_logprobs: bool) -> None:
+    async def prepare_spelling(self) -> None:
         """Make what `spell` needs, off the event loop."""
-        if with_logprobs:
-            await to_thread.run_sync(lambda: self._grammars.tokenizer)
+        await self.grammar_lane.run(lambda: self._grammars.tokenizer)
 
-    async def encode(self, prompt: str | list[int]) -> list[int]:
-        if not isinstance(prompt, str):
-            return prompt
-        return await to_thread.run_sync(self.generator.encode, prompt)
+    async def encode(self, text: str, special_tokens: bool = True) -> list[int]:
+        """Prompt tokens of a text."""
+        return await self.text_lane.run(lambda: self.generator.encode(text, special_tokens))
 
     async def encode_chat(self, body: ChatRequest) -> list[int]:
         """Prompt tokens of a conversation. Raises InputError where the template refuses it."""
         messages = [message.for_template() for message in body.messages]
         variables = body.template_variables()
-        if body.tools and body.tool_choice != "none":
-            variables["tools"] = [tool.model_dump(exclude_none=True) for tool in body.tools]
-        return await to_thread.run_sync(lambda: self.generator.encode_chat(messages, **variables))
+        if offered(body):
+            variables["tools"] = [tool.model_dump(exclude_none=True) for tool in offered(body)]
+        text = await self.template_lane.run(lambda: self.generator.render(messages, **variables))
+        return await self.encode(text, special_tokens=False)
 
     async def grammar(self, body: ChatRequest) -> Grammar | None:
         """What answers are held to. Raises FieldError for a schema that is not understood."""
@@ -98,20 +97,22 @@ class Service:
         if must is not None:
             if not must:
                 raise FieldError("tool_choice: no tool has this name.", "tool_choice")
-            return await self._compiled(call_schema(must), "tools")
+            schema = call_schema(must)
+            return await self._compiled(lambda: self._grammars.json_schema(schema), "tools")
         wanted: ResponseFormat | None = body.response_format
-        if wanted is None or wanted.type == "text":
-            return None
-        if wanted.json_schema is None:
-            return await self._compiled({"type": "object"}, "response_format")
-        return await self._compiled(wanted.json_schema.schema_ or {}, "response_format")
+        if wanted is not None and wanted.type != "text":
+            form = {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema_
+            make = self._grammars.json_schema
+            return await self._compiled(lambda: make(form or {}), "response_format")
+        if offered(body) and self.generator.tags_calls:
+            schema, parallel = call_schema(offered(body)), body.parallel_tool_calls is not False
+            return await self._compiled(lambda: self._grammars.calls(schema, parallel), "tools")
+        return None
 
-    async def _compiled(self, schema: dict[str, Any], param: str) -> Grammar:
-        work = to_thread.run_sync(self._grammars.json_schema, schema, abandon_on_cancel=True)
+    async def _compiled(self, make: Callable[[], Grammar], param: str) -> Grammar:
         try:
-            with anyio.fail_after(_COMPILE_SECONDS):
-                return await work
-        except TimeoutError as error:
+            return await asyncio.wait_for(self.grammar_lane.run(make), _COMPILE_SECONDS)
+        except asyncio.TimeoutError as error:  # another class than TimeoutError before Python 3.11
             raise FieldError(f"{param}: the schema takes too long to compile.", param) from error
         except InputError as error:
             raise FieldError(f"{param}: {error}", param) from error
@@ -140,75 +141,46 @@ class Service:
         return jobs
 
 
-@dataclass
 class Exchange:
-    """One request whose answers are being made."""
+    """One request whose answers are being made, from the moment that this is.
 
-    service: Service
-    answers: Answers
-    choices: list[Choice]
-    counts: Counts
-    record: Record
+    answer    the id under which they are given
+    tools     names of what they may call; parallel: more than one at a time
+    """
 
-    @classmethod
-    def begin(
-        cls, service: Service, jobs: list[Job], record: Record, tools: set[str]
-    ) -> "Exchange":
-        """Submit the jobs: here, before a stream's 200 is on the wire, what is wrong is raised."""
-        try:
-            answers = Answers(service.engine, jobs)
-        except QexportError as error:
-            if isinstance(error, QueueFullError):
-                service.metrics.rejections.inc()
-            raise
-        prompts = {id(job.prompt): len(job.prompt) for job in jobs}
-        counts = Counts(sum(prompts.values()))
-        return cls(service, answers, [Choice(set(tools)) for _ in jobs], counts, record)
+    def __init__(
+        self,
+        service: Service,
+        jobs: list[Job],
+        record: Record,
+        answer: str,
+        tools: set[str] | None = None,
+        parallel: bool = True,
+    ) -> None:
+        self.answers = Answers(service.generator.engine, jobs)
+        self.choices = [Choice(tools or set(), parallel) for _ in jobs]
+        self._firsts = list({id(job.prompt): n for n, job in reversed([*enumerate(jobs)])}.values())
+        self.counts = Counts(sum(len(jobs[n].prompt) for n in self._firsts))
+        self._record = record
+        record.begun(answer, self.answers.sequences, self.counts)
 
     async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
         """What is new, choice by choice; counts are right at the end."""
-        error: str | None = "the client left"
+        sequences = self.answers.sequences
         try:
             async with aclosing(self.answers):
                 async for number, piece in self.answers:
-                    self.record.piece(number, piece)
+                    self._record.piece(number, piece)
                     yield number, self.choices[number].add(piece)
-            error = None
-        except QexportError as failure:
-            error = str(failure)
+        except QexportError as error:
+            self._record.failed(error)
             raise
         finally:
-            sequences = self.answers.sequences
             self.counts.completion = sum(len(sequence.generated) for sequence in sequences)
-            self.counts.cached = sequences[0].cached if sequences else 0
-            reasons = [choice.finish for choice in self.choices]
-            self.record.about(finish_reason=reasons[0] if len(reasons) == 1 else reasons)
-            self.record.end(200 if error is None else 499, sequences, error)
+            self.counts.cached = sum(sequences[n].cached for n in self._firsts)
 
-    async def whole(self, request: Request, make: Callable[[], dict[str, Any]]) -> Response:
-        """A JSON answer when all is there; the work stops when the client leaves."""
-
-        async def gather() -> Response:
-            async with aclosing(self.deltas()) as deltas:
-                async for _ in deltas:
-                    pass
-            return JSONResponse(make())
-
-        return await while_connected(request, gather) or Response(status_code=499)
-
-
-async def while_connected(request: Request, work: Callable[[], Awaitable[Result]]) -> Result | None:
-    """The result of `work`, or None if the client left before."""
-
-    async def left() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = asyncio.ensure_future(work()), asyncio.ensure_future(left())
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return tasks[0].result() if tasks[0].done() else None
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    async def finish(self) -> None:
+        """Wait for all of it."""
+        async with aclosing(self.deltas()) as deltas:
+            async for _ in deltas:
+                pass

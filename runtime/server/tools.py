@@ -1,17 +1,17 @@
 """Calls of tools: what an answer is held to, and how they are found in a model's text."""
 
 import json
-import re
 import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
+from qexport.runtime.constraint import CALL_CLOSE, CALL_OPEN
 from qexport.runtime.server.requests import ChatRequest, Tool
 
-__all__ = ["Call", "ToolText", "call_schema", "must_call"]
+__all__ = ["Call", "ToolText", "call_schema", "must_call", "offered"]
 
-_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-_WRAPPED = re.compile(re.escape(_OPEN) + r"\s*(.*?)\s*" + re.escape(_CLOSE), re.DOTALL)
+# how an answer begins that is nothing but a call, without its blanks
+_BARE = ('{"name":', '{"arguments":', '{"parameters":')
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,11 @@ class Call:
         """OpenAI's form."""
         function = {"name": self.name, "arguments": self.arguments}
         return {"id": self.id, "type": "function", "function": function}
+
+
+def offered(body: ChatRequest) -> list[Tool]:
+    """The tools that an answer may call."""
+    return [] if body.tool_choice == "none" else body.tools or []
 
 
 def must_call(body: ChatRequest) -> list[Tool] | None:
@@ -57,40 +62,96 @@ def call_schema(tools: list[Tool]) -> dict[str, Any]:
 
 
 class ToolText:
-    """Text of one answer that may be calls: held back while it looks like one.
+    """Parts the text of one answer into text and calls, as it comes.
 
-    Models write {"name", "arguments"} (or "parameters"), alone or between <tool_call> tags.
+    Models write {"name", "arguments"} (or "parameters"): between <tool_call> tags, wherever they
+    like, or as the whole answer. What may become a call is held back until it is one or cannot be.
+
+    names     of the tools that may be called
+    parallel  whether more than one call is wanted; if not, what follows the first is dropped
     """
 
-    def __init__(self, names: set[str]) -> None:
-        self._names = names
+    def __init__(self, names: set[str], parallel: bool = True) -> None:
+        self._names, self._parallel = names, parallel
         self._held = ""
-        self._plain = not names
+        self._called = False
+        self._part = self._beginning if names else self._plain
 
-    def feed(self, text: str) -> str:
-        """Text that is no call."""
-        if self._plain:
-            return text
+    def feed(self, text: str) -> tuple[str, list[Call]]:
+        """Text that is no call, and calls that are complete."""
         self._held += text
-        start = self._held.lstrip()
-        if start and start[0] != "{" and not _OPEN.startswith(start[: len(_OPEN)]):
-            self._plain, start = True, self._held
-            self._held = ""
-            return start
-        return ""
+        shown: list[str] = []
+        calls: list[Call] = []
+        while self._part(shown, calls):
+            pass
+        return "".join(shown), calls
 
     def rest(self) -> tuple[str, list[Call]]:
-        """What was held back: text, or calls."""
+        """What was held back to the end."""
         held, self._held = self._held, ""
-        calls = self._calls(held)
-        return ("", calls) if calls else (held, [])
+        opened = self._part == self._call
+        if opened or self._part == self._bare:
+            call = self._read(held)
+            if call is not None:
+                return "", [call]
+        if self._called and not held.strip():
+            held = ""
+        return (CALL_OPEN if opened else "") + held, []
 
-    def _calls(self, text: str) -> list[Call]:
-        parts = _WRAPPED.findall(text) or [text]
-        calls = [self._call(part) for part in parts]
-        return [call for call in calls if call is not None] if all(calls) else []
+    # Each part takes what it can from the front of `held`, and says whether the next one may go on.
 
-    def _call(self, text: str) -> Call | None:
+    def _plain(self, shown: list[str], calls: list[Call]) -> bool:
+        shown.append(self._held)
+        self._held = ""
+        return False
+
+    def _beginning(self, shown: list[str], calls: list[Call]) -> bool:
+        start = "".join(self._held[:1000].split())
+        if any(start.startswith(bare) for bare in _BARE):
+            self._part = self._bare
+            return False
+        if any(bare.startswith(start) for bare in _BARE):
+            return False
+        self._part = self._text
+        return True
+
+    def _bare(self, shown: list[str], calls: list[Call]) -> bool:
+        return False
+
+    def _text(self, shown: list[str], calls: list[Call]) -> bool:
+        text, opened, after = self._held.partition(CALL_OPEN)
+        kept = 0 if opened else _begun(text)
+        text, begun = text[: len(text) - kept], text[len(text) - kept :]
+        if self._called and not text.strip():  # blanks between calls are nobody's text
+            if not opened:
+                return False
+            text = ""
+        shown.append(text)
+        self._held = after if opened else begun
+        if opened:
+            self._part = self._call
+        return bool(opened)
+
+    def _call(self, shown: list[str], calls: list[Call]) -> bool:
+        inner, closed, after = self._held.partition(CALL_CLOSE)
+        if not closed:
+            return False
+        call = self._read(inner)
+        if call is None:
+            shown.append(CALL_OPEN + inner + CALL_CLOSE)
+        else:
+            calls.append(call)
+            self._called = True
+        over = call is not None and not self._parallel
+        self._held = "" if over else after
+        self._part = self._nothing if over else self._text
+        return True
+
+    def _nothing(self, shown: list[str], calls: list[Call]) -> bool:
+        self._held = ""
+        return False
+
+    def _read(self, text: str) -> Call | None:
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
@@ -100,3 +161,11 @@ class ToolText:
             return None
         arguments = value.get("arguments", value.get("parameters", {}))
         return Call(name, json.dumps(arguments, ensure_ascii=False))
+
+
+def _begun(text: str) -> int:
+    """Characters at the end of `text` that may be the beginning of a call."""
+    for length in range(min(len(text), len(CALL_OPEN) - 1), 0, -1):
+        if CALL_OPEN.startswith(text[-length:]):
+            return length
+    return 0

@@ -114,7 +114,9 @@ async function answer(conversation) {
   }
   if (text) conversation.push({ role: "assistant", content: text });
   else {
-    conversation.pop(); // a question without an answer is asked anew
+    const { content } = conversation.pop(); // a question without an answer goes back to be asked anew
+    if (!at("question").value) at("question").value = content;
+    body.parentElement.previousElementSibling.remove();
     body.parentElement.remove();
   }
   tell(began, first, usage);
@@ -158,6 +160,10 @@ async function look() {
     const state = await response.json();
     model = state.model;
     at("model").textContent = state.model;
+    at("send").title = state.chat ? "" : "This model has no chat template.";
+    if (!state.chat && !at("notice").textContent) {
+      notice("This model has no chat template: it completes text (/v1/completions), but cannot chat.");
+    }
     for (const name of ["running", "waiting", "slots", "kernels", "context"]) {
       at(name).textContent = state[name];
     }

@@ -94,11 +94,13 @@ def test_the_log_has_prompts_only_where_asked(
     tiny_model: Path, tmp_path: Path, with_prompts: bool
 ) -> None:
     path = tmp_path / "requests.jsonl"
-    client = app_of(tiny_model, log=RequestLog(str(path), with_prompts))
+    log = RequestLog(str(path), with_prompts)
+    client = app_of(tiny_model, log=log)
     assert client.post("/v1/completions", json={**BODY, "prompt": "secret"}).status_code == 200
     assert client.post("/v1/completions", json={**BODY, "stream": True}).status_code == 200
     chat = {"model": "m", "messages": [{"role": "user", "content": "secret"}], "max_tokens": 2}
     assert client.post("/v1/chat/completions", json=chat).status_code == 200
+    log.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["route"].rpartition("/")[2] for line in lines] == ["completions"] * 3
     assert [line["stream"] for line in lines] == [False, True, False]
