@@ -69,6 +69,8 @@ class CpuDecoder(Decoder):
         self._config, self._exact = config, exact
         self._kernel = CpuKernel(exact)
         self._keep: list[Tensor | CpuLinear] = []
+        self._caches: list[Tensor] = []
+        self._rooms: dict[str, Tensor] = {}
         self._passed_over: set[str] = set()
         self._threads = Context(threads)
         self._layers = self._read_layers(checkpoint, cache)
@@ -147,7 +149,11 @@ class CpuDecoder(Decoder):
             layer.key_scales, layer.value_scales = self._zeros(lines * 4), self._zeros(lines * 4)
 
     def _zeros(self, size: int) -> ctypes.c_void_p:
-        return self._pointer(torch.from_numpy(np.zeros(size, dtype=np.uint8)))
+        self._caches.append(torch.from_numpy(np.zeros(size, dtype=np.uint8)))
+        return pointer(self._caches[-1])
+
+    def reserve(self) -> int:
+        return sum(cache.zero_().nbytes for cache in self._caches)
 
     def _pointer(self, tensor: Tensor) -> ctypes.c_void_p:
         self._keep.append(tensor)
@@ -176,7 +182,7 @@ class CpuDecoder(Decoder):
     def forward(self, spans: Sequence[Span]) -> Tensor:
         config = self._config
         tokens = np.array([token for span in spans for token in span.tokens], np.int32)
-        x = torch.empty(len(tokens), config.hidden, dtype=torch.float32, device="cpu")
+        x = self._room("x", len(tokens), config.hidden)
         # torch's own threads are not woken anywhere in a step: they would spin beside ours
         self._library.qx_embed(
             *(pointer(self._embedding), DTYPES[self._embedding.dtype], tokens.ctypes.data),
@@ -197,6 +203,18 @@ class CpuDecoder(Decoder):
         wanted = [end for end, span in zip(ends, spans, strict=True) if span.logits]
         return self._logits(x if len(wanted) == len(x) else x[wanted])
 
+    def _room(self, name: str, rows: int, wide: int) -> Tensor:
+        """float32 [rows, wide], the same memory every time.
+
+        Given back and asked for anew at each step, blocks of these sizes made malloc's heap grow
+        for minutes.
+        """
+        room = self._rooms.get(name)
+        if room is None or len(room) < rows:
+            room = torch.empty(rows, wide, dtype=torch.float32, device="cpu")
+            self._rooms[name] = room
+        return room[:rows]
+
     def _rotation(self, spans: Sequence[Span], positions: np.ndarray) -> tuple[np.ndarray, ...]:
         rope = self._config.rope
         tables = rope.short.numpy(), rope.long.numpy()
@@ -210,10 +228,10 @@ class CpuDecoder(Decoder):
 
     def _logits(self, x: Tensor) -> Tensor:
         config, count = self._config, len(x)
-        out = torch.empty(count, self.vocabulary, dtype=torch.float32, device="cpu")
+        out = self._room("logits", count, self.vocabulary)
         if not count:
             return out
-        normed = torch.empty_like(x)
+        normed = self._room("normed", count, config.hidden)
         self._library.qx_rms_norm(
             *(self._threads.handle, pointer(x), pointer(self._norm), config.eps),
             *(count, config.hidden, pointer(normed)),

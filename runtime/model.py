@@ -86,9 +86,19 @@ class Decoder(ABC):
         """
         return shared
 
+    def reserve(self) -> int:
+        """Take all memory of the cache now, which else comes as it is touched; bytes of it.
+
+        A server that could run out of memory is to do so before it has clients.
+        """
+        return 0
+
     @abstractmethod
     def forward(self, spans: Sequence[Span]) -> Tensor:
-        """Run spans of different slots; float32 logits [spans that want them, vocabulary]."""
+        """Run spans of different slots; float32 logits [spans that want them, vocabulary].
+
+        The next call may write over them.
+        """
 
     def choose(self, spans: Sequence[Span], draws: Sequence[Draw]) -> list[int]:
         """The same, and tokens of the spans that want logits; NO_TOKEN where these are NaN."""
@@ -302,6 +312,9 @@ class TorchDecoder(Decoder):
         shape = (config.layers, 2, slots, config.kv_heads, context, config.head_dim)
         self._cache = torch.zeros(shape, dtype=dtype, device=device)
         self.kernels = ", ".join(sorted(self._names))
+
+    def reserve(self) -> int:
+        return self._cache.zero_().nbytes
 
     def _prepacker(self, kernel: str | None) -> Callable[[list[Weight]], Linear]:
         dense = ReferenceKernel(self._dtype)

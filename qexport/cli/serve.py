@@ -81,6 +81,7 @@ def command(
 
     bounds = _limits(limits)
     generator = open_generator(path, Serving(slots=slots, **serving), waiting=bounds.queue)
+    cache = generator.decoder.reserve()
     name = served_model_name or path.resolve().name
     hosts: tuple[str, ...] | None = allowed_host or None
     if local and not known:
@@ -102,7 +103,9 @@ def command(
     address = f"http://{shown}:{listener.getsockname()[1]}/v1"
     console = progress_console()
     console.print(f"serving {name} at {address}", highlight=False, soft_wrap=True)
-    about = f"{slots} requests at a time, by {generator.decoder.kernels}"
+    about = f"{slots} requests at a time of up to {generator.context} tokens"
+    about += f" ({cache / 2**20:.0f} MiB of cache)" if cache else ""
+    about += f", by {generator.decoder.kernels}"
     console.print(about, highlight=False, soft_wrap=True)
     try:
         run(app, listener, bounds)

@@ -1,6 +1,7 @@
 """The process that serves: connections, signals, the end."""
 
 import asyncio
+import gc
 import os
 import socket
 from dataclasses import replace
@@ -25,6 +26,8 @@ _AFTER_DRAIN = 5  # seconds for streams to end after their answers were
 def run(app: FastAPI, listener: socket.socket, limits: Limits) -> None:
     """Serve until SIGTERM or SIGINT: running answers then have `drain_seconds`; a second signal
     ends at once."""
+    gc.collect()
+    gc.freeze()  # what was imported stays: looking through all of it stops answers for 0.2 s
     limits = replace(limits, connections=min(limits.connections, _files() - _OTHER_FILES))
     config = uvicorn.Config(
         app,
@@ -39,7 +42,10 @@ def run(app: FastAPI, listener: socket.socket, limits: Limits) -> None:
         timeout_graceful_shutdown=int(limits.drain_seconds) + _AFTER_DRAIN,
         h11_max_incomplete_event_size=_LARGEST_HEAD,
     )
-    _Server(config, app, limits).run(sockets=[listener])
+    try:
+        _Server(config, app, limits).run(sockets=[listener])
+    finally:
+        gc.unfreeze()  # libraries complain of what is left over at the end
 
 
 def _files() -> int:
