@@ -1,7 +1,8 @@
 """64 streams at a time against our server, llama.cpp's and vLLM's CPU build: losses and speed.
 
 `python -m benchmarks.serve_load` serves SmolLM2 with int4 weights in groups of 32 (llama.cpp the
-same codes as Q4_0, vLLM bfloat16) and sends prompts of mixed lengths for --seconds to each in turn:
+same codes as Q4_0, vLLM as GPTQ, and the dense model in bfloat16, which is what its CPU build is
+made for) and sends prompts of mixed lengths for --seconds to each in turn:
 a tenth of the clients leave in the middle, one in fifty sends something malformed. Every whole
 answer of ours is compared with the same prompt's answer alone. TTFT is the time to the first token
 of text, TPOT that of the others divided by their number; memory is the server's resident set.
@@ -223,7 +224,7 @@ def summary(tally: Tally, seconds: float) -> dict[str, Any]:
             for p in (50, 95, 99)
         }
 
-    half = tally.memory[len(tally.memory) // 3 :] or [0.0]
+    half = tally.memory[len(tally.memory) // 3 :] or [0.0]  # of three minutes, the last two
     return {
         **{"tokens/s": round(tally.tokens / seconds, 1), "whole answers": tally.whole},
         **{"cancelled": tally.cancelled, "malformed": tally.malformed},
@@ -251,16 +252,16 @@ def main() -> None:
         ours = [sys.executable, "-m", "qexport", "serve", str(work / "m"), "--port", "8301"]
         llama = [str(LLAMA / "llama-server"), "-m", str(gguf), "--port", "8302", "-t", "2"]
         module = "vllm.entrypoints.openai.api_server"  # its command wants a package named vllm
-        vllm = [str(VLLM), "-m", module, "--model", str(fetch()), "--port", "8303"]
+        pack(source, FORMATS["gptq"], work / "gptq")
+        vllm = [str(VLLM), "-m", module, "--dtype", "bfloat16", "--served-model-name", "m"]
+        vllm += ["--max-model-len", str(CONTEXT), "--max-num-seqs", str(SLOTS)]
         servers = {
             "qexport": [*ours, "--slots", str(SLOTS), "--context", str(CONTEXT)],
             "llama-server": [
                 *(*llama, "-np", str(SLOTS), "-c", str(SLOTS * CONTEXT), "--alias", "m"),
             ],
-            "vllm": [
-                *(*vllm, "--served-model-name", "m", "--dtype", "bfloat16"),
-                *("--max-model-len", str(CONTEXT), "--max-num-seqs", str(SLOTS)),
-            ],
+            "vllm int4": [*vllm, "--model", str(work / "gptq"), "--port", "8303"],
+            "vllm bfloat16": [*vllm, "--model", str(fetch()), "--port", "8304"],
         }
         for index, (name, command) in enumerate(servers.items()):
             if not Path(command[0]).exists():

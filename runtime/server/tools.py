@@ -74,7 +74,7 @@ class ToolText:
     def __init__(self, names: set[str], parallel: bool = True) -> None:
         self._names, self._parallel = names, parallel
         self._held = ""
-        self._called = False
+        self._after_call = False
         self._part = self._beginning if names else self._plain
 
     def feed(self, text: str) -> tuple[str, list[Call]]:
@@ -94,7 +94,7 @@ class ToolText:
             call = self._read(held)
             if call is not None:
                 return "", [call]
-        if self._called and not held.strip():
+        if self._after_call and not held.strip():
             held = ""
         return (CALL_OPEN if opened else "") + held, []
 
@@ -122,11 +122,12 @@ class ToolText:
         text, opened, after = self._held.partition(CALL_OPEN)
         kept = 0 if opened else _begun(text)
         text, begun = text[: len(text) - kept], text[len(text) - kept :]
-        if self._called and not text.strip():  # blanks between calls are nobody's text
+        if self._after_call and not text.strip():  # blanks between calls are nobody's text
             if not opened:
                 return False
             text = ""
         shown.append(text)
+        self._after_call = False
         self._held = after if opened else begun
         if opened:
             self._part = self._call
@@ -141,7 +142,7 @@ class ToolText:
             shown.append(CALL_OPEN + inner + CALL_CLOSE)
         else:
             calls.append(call)
-            self._called = True
+            self._after_call = True
         over = call is not None and not self._parallel
         self._held = "" if over else after
         self._part = self._nothing if over else self._text

@@ -4,9 +4,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qexport.errors import InputError, QexportError
-from qexport.runtime.sampler import Sampler, Sampling
+from qexport.runtime.sampler import Sampler, Sampling, _largest, _nucleus
 
 LOGITS = np.log(np.array([0.1, 0.5, 0.15, 0.05, 0.2], dtype=np.float32))
 
@@ -120,3 +122,22 @@ def test_what_is_no_number() -> None:
 def test_what_makes_no_sense(fields: dict[str, object]) -> None:
     with pytest.raises(InputError):
         Sampling(**fields)  # type: ignore[arg-type]
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0.01, 0.9999), st.integers(0, 12))
+def test_what_is_sorted_in_part_is_as_if_it_were_in_whole(
+    seed: int, share: float, count: int
+) -> None:
+    """Equal values, of which there are many here, in the order of their tokens."""
+    random = np.random.default_rng(seed)
+    logits = random.integers(-6, 6, 2000).astype(np.float32)
+    whole = np.argsort(-logits, kind="stable")[:count]
+    assert _largest(logits, count).tolist() == whole.tolist()
+    probabilities = np.exp(logits.astype(np.float64))
+    probabilities /= probabilities.sum()
+    order = np.argsort(-probabilities, kind="stable")
+    before = np.cumsum(probabilities[order]) - probabilities[order]
+    kept = set(order[before < share].tolist())
+    found = _nucleus(probabilities, share)
+    assert set(np.flatnonzero(found).tolist()) == kept
+    assert abs(found.sum() - 1) < 1e-12

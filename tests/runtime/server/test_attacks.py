@@ -134,6 +134,43 @@ def test_a_small_body_gets_no_large_answer(served: Server) -> None:
     refused(served, "/v1/completions", {**TEXT, "model": "x" * 100_000}, 404)
 
 
+def test_half_a_character_is_refused_everywhere(served: Server) -> None:
+    """JSON can spell what Unicode cannot."""
+    half = "a\ud800"
+    chat = {**CHAT, "messages": [{"role": "user", "content": half}]}
+    for path, body in (
+        ("/v1/completions", {**TEXT, "prompt": half}),
+        ("/v1/completions", {**TEXT, "stop": half}),
+        ("/v1/chat/completions", chat),
+        ("/v1/responses", {"model": "tiny-4bit", "input": half}),
+        ("/tokenize", {"prompt": half}),
+    ):
+        answer = served.post(path, body)
+        assert answer.status_code == 400 or (path, "stop" in body) == ("/v1/completions", True)
+
+
+def test_responses_refuse_what_only_chats_would_notice(served: Server) -> None:
+    extras: list[dict[str, Any]] = [
+        {"input": []},
+        {"input": "x", "instructions": "", "text": {"format": {"type": "json_schema"}}},
+        {"input": [{"role": "user", "content": []}], "temperature": 3},
+        {"input": "x", "text": {"format": {"type": "json_schema", "name": "/", "schema": {}}}},
+        {"input": [{"type": "function_call_output", "call_id": "x", "output": "y"}]},
+    ]
+    for extra in extras:
+        refused(served, "/v1/responses", {"model": "tiny-4bit", **extra})
+
+
+def test_large_bodies_that_are_wrong_are_refused_soon(served: Server) -> None:
+    """Each error of a list takes time to describe, and one is enough."""
+    begin = time.monotonic()
+    refused(served, "/v1/completions", {**TEXT, "prompt": [-1] * 700_000})
+    refused(served, "/v1/completions", {**TEXT, "prompt": [[-1]] * 500_000})
+    refused(served, "/detokenize", {"tokens": ["x"] * 700_000})
+    refused(served, "/v1/chat/completions", {**CHAT, "messages": [{"role": 1}] * 200_000})
+    assert time.monotonic() - begin < 20
+
+
 def test_models_are_not_paths(served: Server) -> None:
     for name in ("../../etc/passwd", "/etc/passwd", "tiny-4bit/../tiny-4bit", "", "\x00"):
         refused(served, "/v1/completions", {**TEXT, "model": name}, 404)

@@ -166,6 +166,64 @@ def test_a_slow_reader_is_left(strict: Server) -> None:
         connection.sendall(request("/v1/completions", {**LONG, "model": strict.model}))
         connection.recv(10)
         idle(strict, 60)
+        # the connection too has ended, though it was never read: what is left in it comes, and then
+        # its end
+        connection.settimeout(20)
+        try:
+            while connection.recv(1 << 20):
+                pass
+        except ConnectionResetError:
+            pass  # an end as well
+    answers(strict)
+
+
+def test_what_nobody_reads_does_not_pile_up(endless: Path) -> None:
+    """A reader so slow that its connection lives on has its answer ended, with an error."""
+    server = Server(endless, "--slots", "1", "--limit", "send_seconds=600")
+    try:
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", server.port))
+            connection.sendall(request("/v1/completions", {**LONG, "model": server.model}))
+            connection.recv(10)
+            idle(server, 120)
+            connection.settimeout(20)
+            found = connection.recv(1 << 16)
+            while b"[DONE]" not in found[-100:]:
+                found = found[-1000:] + connection.recv(1 << 16)
+        assert b"reads too slowly" in found
+    finally:
+        server.stop()
+
+
+def test_a_second_request_of_a_connection_has_its_own_time(strict: Server) -> None:
+    """The clock that ran for the first one's head does not end the second one's answer."""
+    body = {**LONG, "model": strict.model, "stream": False, "max_tokens": 4000}
+    with connect(strict) as connection:
+        for _ in range(3):
+            time.sleep(0.7)
+            connection.sendall(request("/v1/completions", body))
+            found = b""
+            while b"finish_reason" not in found:
+                part = connection.recv(65536)
+                assert part, "the connection was closed"
+                found += part
+            while not found.rstrip().endswith(b"}"):
+                found += connection.recv(65536)
+            assert found.startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/tokenize"])
+def test_a_client_that_goes_before_its_answer_begins(strict: Server, path: str) -> None:
+    """While its text is rendered and tokenized: nothing is begun for it, nothing is left."""
+    text = "word " * 1500
+    body: dict[str, Any] = {"model": strict.model, "messages": [{"role": "user", "content": text}]}
+    if path == "/v1/responses":
+        body = {"model": strict.model, "input": text}
+    for _ in range(20):
+        with connect(strict) as connection:
+            connection.sendall(request(path, body))
+    idle(strict)
     answers(strict)
 
 
