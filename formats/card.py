@@ -49,11 +49,14 @@ def vllm_reads(form: str, verdicts: list[dict[str, Any]]) -> str:
     if form == "gptq_v2":
         return "vLLM reads GPTQ files as version 1; `qexport pack --format gptq` is for it."
     if form in ("gptq", "compressed-tensors") and not grids <= {"int4", "uint4"}:
-        return "vLLM reads it on NVIDIA GPUs; on CPUs it takes 4 bits (`qexport pack --bits 4`)."
+        where = "with qexport installed beside it" if form == "compressed-tensors" else "at 4 bits"
+        return f"vLLM reads it on NVIDIA GPUs, and on CPUs {where}."
     if form == "humming":
         return "vLLM reads it on NVIDIA GPUs, with the package humming-kernels."
-    if form in ("native", "gguf"):
-        return "vLLM does not read it; gptq, awq and compressed-tensors at 4 bits are for it."
+    if form == "native":
+        return "vLLM reads it where qexport is installed beside it."
+    if form == "gguf":
+        return "vLLM does not read it; native, gptq, awq and compressed-tensors are for it."
     return "vLLM reads it."
 
 

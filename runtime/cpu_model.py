@@ -22,10 +22,9 @@ from qexport.runtime.kernels.cpu_library import (
     library,
     pointer,
 )
-from qexport.runtime.model import (
-    Decoder,
+from qexport.runtime.model import Decoder, Span
+from qexport.runtime.weights import (
     LayerWeights,
-    Span,
     Weight,
     read_dense,
     read_embedding,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qexport.cli.common import Command, progress_console
+from qexport.cli.serve_vllm import VllmChoice, serve_with_vllm, vllm_options
 from qexport.cli.serving import serving_options
 from qexport.errors import InputError
 
@@ -20,6 +21,7 @@ Examples:
   qexport serve packed
   qexport serve packed --host 0.0.0.0 --api-key "$KEY"
   qexport serve packed --limit queue=64 --limit body=1000000 --log-json requests.jsonl
+  qexport serve packed --backend vllm --tensor-parallel 2
   curl localhost:8000/v1/models
 
 \b
@@ -53,6 +55,7 @@ _HERE = ("127.0.0.1", "localhost", "::1")
 @click.option("--limit", "limits", multiple=True, metavar="NAME=NUMBER", help="See below.")
 @click.option("--log-json", metavar="FILE", help="A line of JSON for each request; - for stderr.")
 @click.option("--log-prompts", is_flag=True, help="With what was asked.")
+@vllm_options
 @serving_options
 def command(
     path: Path,
@@ -68,6 +71,7 @@ def command(
     limits: tuple[str, ...],
     log_json: str | None,
     log_prompts: bool,
+    vllm: VllmChoice,
     serving: dict[str, Any],
 ) -> None:
     """Serve PATH over OpenAI's protocol: chat, completions, responses, streaming, a page at /."""
@@ -76,13 +80,19 @@ def command(
     if not local and not (known or insecure):
         raise InputError(f"--host {host} opens the model to others; add --api-key or --insecure.")
     listener = _listen(host, port)  # before the model is loaded: a taken port is told at once
+    name = served_model_name or path.resolve().name
+    shown = f"[{host}]" if ":" in host else host
+    if vllm.chosen:
+        port = listener.getsockname()[1]
+        listener.close()
+        serve_with_vllm(path, name, known, (host, port), slots, serving, vllm)
+        return
     from qexport.runtime.server import RequestLog, create_app, run
     from qexport.runtime.serving import Serving, open_generator
 
     bounds = _limits(limits)
     generator = open_generator(path, Serving(slots=slots, **serving), waiting=bounds.queue)
     cache = generator.decoder.reserve()
-    name = served_model_name or path.resolve().name
     hosts: tuple[str, ...] | None = allowed_host or None
     if local and not known:
         hosts = (*_HERE, "[::1]", *allowed_host)
@@ -99,7 +109,6 @@ def command(
     )
     if generator.has_template:
         generator.templates.start()
-    shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listener.getsockname()[1]}/v1"
     console = progress_console()
     console.print(f"serving {name} at {address}", highlight=False, soft_wrap=True)

@@ -1,6 +1,7 @@
 """The CPU kernel: packed codes against int8 activations, or against float32 ones exactly."""
 
 from ctypes import byref, c_void_p
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -25,14 +26,33 @@ _BLOCK = 32  # rows, see layout.cpp
 _PAD = 32  # inputs
 
 
+_BY_ADDRESS: "WeakValueDictionary[int, CpuLinear]" = WeakValueDictionary()
+
+
+@torch.library.custom_op("qexport::cpu_linear", mutates_args=())
+def _cpu_linear(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
+    """`CpuLinear.matmul` of the one whose memory `packed` is, for graphs that torch compiles."""
+    return _BY_ADDRESS[packed.data_ptr()].matmul(x)
+
+
+@_cpu_linear.register_fake
+def _(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
+    return x.new_empty(x.shape[0], out_features)
+
+
 class CpuLinear(Linear):
-    """A packed or dense weight in memory that C++ reads; `struct` points into it."""
+    """A packed or dense weight in memory that C++ reads; `struct` points into it.
+
+    packed  that memory, by which the operator `qexport::cpu_linear` finds the rest
+    """
 
     def __init__(self, struct: CpuLinearStruct, keep: list[Tensor], exact: bool) -> None:
         self.struct = struct
         self.out_features, self.in_features = struct.n, struct.k
+        self.packed = keep[0]
         self._keep = keep
         self._exact = exact
+        _BY_ADDRESS[self.packed.data_ptr()] = self
 
     def matmul(self, x: Tensor) -> Tensor:
         kernels = library()

@@ -23,6 +23,8 @@ LOADERS = [
     *("threadpoolctl==3.8.0", "device-smi==0.5.7", "tokenicer==0.0.14", "defuser==0.0.28"),
     *("pillow", "requests", "urllib3", "certifi", "charset-normalizer"),
 ]
+# of what qexport requires, what the engines do not bring
+OURS = ["click", "rich", "datasets", "accelerate"]
 
 
 def main() -> None:
@@ -45,6 +47,9 @@ def main() -> None:
     subprocess.run([*pip, *pinned, *required], check=True)
     subprocess.run([*pip, "--no-deps", *LOADERS], check=True)
     subprocess.run([*pip, "--no-deps", *LLAMA], check=True, env={**os.environ, **LLAMA_BUILD})
+    # vLLM finds our plugin by its entry point, in each of its processes
+    subprocess.run([*pip, *pinned, *OURS], check=True)
+    subprocess.run([*pip, "--no-deps", "-e", str(ROOT)], check=True)
     (FOLDER / ".ready").touch()
 
 

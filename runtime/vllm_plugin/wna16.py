@@ -1,0 +1,86 @@
+"""compressed-tensors of 2 and 3 bits on CPUs, where vLLM has no kernel: ours, in its list."""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+from vllm.model_executor.kernels.linear import register_linear_kernel
+from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
+    MPLinearKernel,
+    MPLinearLayerConfig,
+)
+from vllm.platforms import PlatformEnum
+from vllm.scalar_type import scalar_types
+
+from qexport.formats.words import from_words
+from qexport.grid import INT2, INT3, INT4, UINT2, UINT3, UINT4, Scheme
+from qexport.runtime.kernels.cpu import CpuKernel
+from qexport.tensor import QuantizedTensor
+
+__all__ = ["QexportCpuKernel", "register_kernel"]
+
+_GRIDS = {
+    scalar_types.uint2b2: INT2,
+    scalar_types.uint3b4: INT3,
+    scalar_types.uint4b8: INT4,
+    scalar_types.uint2: UINT2,
+    scalar_types.uint3: UINT3,
+    scalar_types.uint4: UINT4,
+}
+_CPU = torch.device("cpu")
+
+
+@lru_cache(maxsize=1)
+def register_kernel() -> None:
+    """Put our kernel behind those that vLLM has."""
+    register_linear_kernel(QexportCpuKernel, PlatformEnum.CPU, "mp")
+
+
+class QexportCpuKernel(MPLinearKernel):
+    """`qexport.runtime.kernels.cpu` for layers whose words lie along their inputs."""
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return -1
+
+    @classmethod
+    def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
+        if c.weight_type not in _GRIDS:
+            return False, f"{c.weight_type} is not one of {[str(kind) for kind in _GRIDS]}"
+        if getattr(c, "has_g_idx", False):
+            return False, "groups are reordered (g_idx)"
+        inputs, out = c.partition_weight_shape
+        reason = CpuKernel().refuses(_scheme(c), (out, inputs), _CPU)
+        return reason is None, reason
+
+    def process_weights_after_loading(self, layer: Module) -> None:
+        """Unpack the words, and prepack the codes."""
+        c = self.config
+        (inputs, out), scheme = c.partition_weight_shape, _scheme(c)
+        words, scales, zero_words = self._get_weight_params(layer)
+        width = scheme.grid.bits
+        zeros = None
+        if not scheme.symmetric:
+            zeros = from_words(zero_words.data.t().contiguous(), width, out).t().contiguous()
+        weight = QuantizedTensor(
+            from_words(words.data, width, inputs), scales.data.contiguous(), scheme, zeros
+        )
+        self._linear = CpuKernel(exact=c.act_type == torch.float32).prepack(weight)
+        for name in (self.w_s_name, self.w_zp_name):
+            if name is not None and getattr(layer, name, None) is not None:
+                delattr(layer, name)
+        setattr(layer, self.w_q_name, Parameter(self._linear.packed, requires_grad=False))
+
+    def apply_weights(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        packed: Any = getattr(layer, self.w_q_name)
+        out: Tensor = torch.ops.qexport.cpu_linear(rows, packed, self._linear.out_features)
+        out = out.view(*x.shape[:-1], -1)
+        return out if bias is None else out + bias
+
+
+def _scheme(c: MPLinearLayerConfig) -> Scheme:
+    group = None if c.group_size == -1 else c.group_size
+    return Scheme(_GRIDS[c.weight_type], group, c.act_type)
