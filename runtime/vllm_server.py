@@ -53,6 +53,11 @@ _FAILURES = (
         r"max_model_len.*is greater than the derived max_model_len",
         "--context is more than the model has",
     ),
+    (
+        r"Not enough allowed NUMA nodes",
+        "on CPUs each rank takes a NUMA node; name the cores of each instead, as in "
+        "VLLM_CPU_OMP_THREADS_BIND='0-3|4-7'",
+    ),
     (r"unrecognized arguments: (.+)", "this vLLM does not know what --vllm-arg passed on"),
 )
 _ERROR = re.compile(r"\b(?:[A-Z]\w*Error|Exception): (.+)")

@@ -60,13 +60,11 @@ def tokens(checkpoint: Path, prompts: list[list[int]], scratch: Path, **engine: 
 
 def reference(checkpoint: Path, prompts: list[list[int]]) -> list[list[int]]:
     """Greedy tokens by our decoder in torch, with the reference kernel in float32."""
-    serving = Serving(slots=4, context=256, kernel="reference", dtype="float32")
+    serving = Serving(slots=len(prompts), context=256, kernel="reference", dtype="float32")
     sampling = Sampling(max_tokens=TOKENS, ignore_end=True)
     with open_generator(checkpoint, serving) as generator:
-        return [
-            [p.token for p in generator.stream(ids, sampling) if p.token is not None]
-            for ids in prompts
-        ]
+        answers = [generator.stream(ids, sampling) for ids in prompts]
+        return [[p.token for p in answer if p.token is not None] for answer in answers]
 
 
 @pytest.fixture(scope="module")
