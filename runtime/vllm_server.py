@@ -60,7 +60,10 @@ _FAILURES = (
     ),
     (r"unrecognized arguments: (.+)", "this vLLM does not know what --vllm-arg passed on"),
 )
-_ERROR = re.compile(r"\b(?:[A-Z]\w*Error|Exception): (.+)")
+# a line that says what was raised, after what vLLM's log begins with, and no warning about one
+_ERROR = re.compile(
+    r"^(?:\([^)]*\) )?(?:ERROR [^]]*\] )?(?:\w+\.)*(?:[A-Z]\w*Error|Exception): (.+)"
+)
 
 
 @dataclass(frozen=True)
@@ -177,10 +180,12 @@ def run_vllm(command: list[str], key: str | None, url: str, ready: Callable[[], 
     finally:
         _end_group(process)
         reader.join(5)
+        if process.stdout is not None and not reader.is_alive():
+            process.stdout.close()
         for sig, handler in before.items():
             signal.signal(sig, handler)
     if not asked.is_set():
-        raise QexportError(f"vLLM has ended ({_how(process.returncode)}): {_why(list(lines))}.")
+        raise QexportError(f"vLLM has ended: {_why(process.returncode, list(lines))}.")
 
 
 def _wait(process: "subprocess.Popen[str]", asked: threading.Event) -> None:
@@ -221,26 +226,25 @@ def _tell(process: "subprocess.Popen[str]", url: str, ready: Callable[[], None])
         time.sleep(0.5)
 
 
-def _how(code: int) -> str:
-    if code >= 0:
-        return f"exit {code}"
-    try:
-        return signal.Signals(-code).name
-    except ValueError:
-        return f"signal {-code}"
-
-
-def _why(lines: list[str]) -> str:
-    """What its last lines mean."""
-    text = "".join(lines)
+def _why(code: int, lines: list[str]) -> str:
+    """What its end and its last lines mean."""
     for pattern, meaning in _FAILURES:
-        if re.search(pattern, text):
+        if any(re.search(pattern, line) for line in lines):
             return meaning
+    if code < 0:
+        return f"it was killed ({_signal(-code)}), perhaps for want of memory"
     errors = [match[1].strip() for line in lines if (match := _ERROR.search(line))]
     if not errors:
-        return "it left no reason; its log is above"
-    # the first error is the cause; those of processes that waited for its process come after it
+        return f"exit {code}; its log is above"
+    # the first one is the cause; those of processes that waited for its process come after it
     return errors[0].rstrip(".")[:500]
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _end_with_parent() -> None:

@@ -30,6 +30,21 @@ class Command(click.Command):
             )
         )
 
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        """Options may stand in the environment too: QEXPORT_SERVE_API_KEY for serve's --api-key."""
+        prefix = None if parent is None else parent.auto_envvar_prefix
+        for parameter in self.params:
+            if prefix and isinstance(parameter, click.Option) and parameter.envvar is None:
+                flag = max(parameter.opts, key=len).lstrip("-")
+                parameter.envvar = f"{prefix}_{info_name}_{flag}".replace("-", "_").upper()
+        return super().make_context(info_name, args, parent, **extra)
+
 
 def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
     if path is None:

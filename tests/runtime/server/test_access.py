@@ -97,6 +97,15 @@ def test_keys_of_files_and_the_environment(runs: Runs, tmp_path: Path, cli: Cli)
             assert httpx.get(f"{root}/v1/models", headers=headers).status_code == status
     finally:
         server.stop()
+    env = {**os.environ, "QEXPORT_SERVE_API_KEY": "four", "QEXPORT_SERVE_LIMIT": "body=50"}
+    server = Server(runs("4"), env=env)
+    try:
+        assert httpx.get(f"{server.url}/models").status_code == 401
+        headers = {"Authorization": "Bearer four"}
+        assert httpx.get(f"{server.url}/models", headers=headers).status_code == 200
+        assert server.post("/v1/completions", BODY, headers=headers).status_code == 413
+    finally:
+        server.stop()
     keys.write_text("\n")
     for wrong in (("--api-key-file", keys), ("--api-key", ""), ("--limit", "queue=x")):
         result = cli("serve", runs("4"), *wrong)
