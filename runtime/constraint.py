@@ -19,13 +19,20 @@ CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"  # as Hermes, Qwen and Smo
 
 _LARGEST_SCHEMA = 64 << 10  # bytes
 _DEEPEST_SCHEMA = 64
-_FORM = {"whitespace_pattern": "[ ]?"}  # a model must not end its days in blanks
+# as json.dumps writes it: where blanks are free, small models write nothing else to the end
+_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _CALLS = """%llguidance {{}}
 start: {start}
 call: opening BLANK %json {schema} BLANK "</tool_call>"
 opening[lazy]: TEXT "<tool_call>"
 rest: TEXT
 TEXT: /(.|\\n)*/
+BLANK: /[ \\n]?/
+"""
+_EITHER = """%llguidance {{}}
+start: call{many} | answer
+call: {call}
+answer: %json {answer}
 BLANK: /[ \\n]?/
 """
 
@@ -97,6 +104,18 @@ class Grammars:
         described = json.dumps({**schema, "x-guidance": _FORM})
         return self._made(lambda: _CALLS.format(start=start, schema=described))
 
+    def calls_or(self, schema: Any, answer: Any, tagged: bool) -> Grammar:
+        """Either calls, as in `calls` or bare, or a value of the schema `answer`."""
+        check_schema(schema)
+        check_schema(answer)
+        one, other = (json.dumps({**part, "x-guidance": _FORM}) for part in (schema, answer))
+        call = (
+            f'"<tool_call>" BLANK %json {one} BLANK "</tool_call>" BLANK'
+            if tagged
+            else f"%json {one}"
+        )
+        return self._made(lambda: _EITHER.format(call=call, answer=other, many="+" * tagged))
+
     def _made(self, write: Callable[[], str]) -> Grammar:
         from llguidance import LLMatcher
 
@@ -111,7 +130,8 @@ class Grammars:
                 raise
             wrong = str(error)
         if wrong:
-            raise InputError(f"the schema is not one that answers can be held to: {wrong[:300]}.")
+            said = " ".join(wrong.partition("<state>")[0].split())[:300].rstrip(".")
+            raise InputError(f"the schema is not one that answers can be held to: {said}.")
         return Grammar(matcher)
 
 

@@ -114,13 +114,20 @@ def open_decoder(checkpoint: Checkpoint, serving: Serving) -> Decoder:
 def _context(
     config: DecoderConfig, serving: Serving, cache: torch.dtype, device: torch.device
 ) -> int:
-    if serving.context is not None:
-        return allowed_context(serving.context, config.context)
     if device.type == "cuda":
         memory = torch.cuda.mem_get_info(device)[0]
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     token = 2 * config.layers * config.kv_heads * config.head_dim * cache.itemsize
+    if serving.context is not None:
+        wanted = token * serving.slots * allowed_context(serving.context, config.context)
+        if wanted > memory:
+            raise InputError(
+                f"the cache of {serving.slots} slots of {serving.context} tokens takes "
+                f"{wanted / 2**30:.0f} GiB, and there are {memory / 2**30:.0f}; take fewer slots "
+                "or a smaller context."
+            )
+        return serving.context
     return max(1, min(config.context, int(memory * _SHARE) // (token * serving.slots)))
 
 

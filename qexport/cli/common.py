@@ -63,6 +63,7 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
 
 def _options(values: Mapping[Any, Any], ctx: click.Context, path: Path) -> dict[str, Any]:
     names = {}
+    many = {p.name for p in ctx.command.params if isinstance(p, click.Option) and p.multiple}
     for parameter in ctx.command.params:
         for option in [parameter.name or "", *parameter.opts]:
             names[option.lstrip("-").replace("-", "_")] = parameter.name or ""
@@ -71,8 +72,15 @@ def _options(values: Mapping[Any, Any], ctx: click.Context, path: Path) -> dict[
         name = names.get(str(key).replace("-", "_"))
         if name is None:
             raise click.UsageError(f"{path}: {key} is not an option of {ctx.info_name}.", ctx)
-        found[name] = value if isinstance(value, bool) or value is None else str(value)
+        found[name] = _value(value, name in many)
     return found
+
+
+def _value(value: Any, many: bool) -> Any:
+    """As the command line would have it: text, or a list of texts for what may be repeated."""
+    if many and value is not None:
+        return [str(one) for one in value] if isinstance(value, list) else [str(value)]
+    return value if isinstance(value, bool) or value is None else str(value)
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

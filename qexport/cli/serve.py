@@ -14,7 +14,7 @@ from qexport.cli.serving import serving_options
 from qexport.errors import InputError
 
 if TYPE_CHECKING:
-    from qexport.runtime.server import Limits
+    from qexport.runtime.server import Limits, RequestLog
 
 _EPILOG = """\b
 Examples:
@@ -39,7 +39,7 @@ _HERE = ("127.0.0.1", "localhost", "::1")
 @click.option(
     "--api-key-file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="A file with a key on each line.",
+    help="A file with a key on each line; # begins a comment.",
 )
 @click.option("--insecure", is_flag=True, help="Serve other machines without a key.")
 @click.option("--allowed-host", multiple=True, help="A name that requests may be for; repeatable.")
@@ -87,23 +87,18 @@ def command(
         listener.close()
         serve_with_vllm(path, name, known, (host, port), slots, serving, vllm)
         return
-    from qexport.runtime.server import RequestLog, create_app, run
+    if log_prompts and log_json is None:
+        raise InputError("--log-prompts belongs to --log-json.")
+    bounds = _limits(limits)
+    log = None if log_json is None else _log(log_json, log_prompts)
+    from qexport.runtime.server import create_app, run
     from qexport.runtime.serving import Serving, open_generator
 
-    bounds = _limits(limits)
     generator = open_generator(path, Serving(slots=slots, **serving), waiting=bounds.queue)
     cache = generator.decoder.reserve()
     hosts: tuple[str, ...] | None = allowed_host or None
     if local and not known:
         hosts = (*_HERE, "[::1]", *allowed_host)
-    if log_prompts and log_json is None:
-        raise InputError("--log-prompts belongs to --log-json.")
-    log = None
-    if log_json is not None:
-        try:
-            log = RequestLog(log_json, log_prompts)
-        except OSError as error:
-            raise InputError(f"{log_json} cannot be written ({error.strerror}).") from error
     app = create_app(
         generator, name, limits=bounds, keys=known, hosts=hosts, origins=cors_origin, log=log
     )
@@ -129,12 +124,22 @@ def _keys(given: tuple[str, ...], file: Path | None) -> list[str]:
     keys = list(given)
     if file is not None:
         lines = file.read_text(encoding="utf-8").splitlines()
-        keys += [line.strip() for line in lines if line.strip()]
+        keys += [line.strip() for line in lines if line.strip() and line.strip()[0] != "#"]
         if not keys:
             raise InputError(f"{file} holds no key.")
     if any(not key.strip() or not key.isascii() for key in keys):
         raise InputError("an API key is not empty, and of ASCII characters.")
     return keys
+
+
+def _log(path: str, with_prompts: bool) -> "RequestLog":
+    """Raises InputError where it cannot be written."""
+    from qexport.runtime.server.request_log import RequestLog
+
+    try:
+        return RequestLog(path, with_prompts)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}).") from error
 
 
 def _limits(given: tuple[str, ...]) -> "Limits":

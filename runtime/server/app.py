@@ -79,11 +79,11 @@ def create_app(
     `app.state.service` is the `Service` behind it.
     """
     app = FastAPI(title="qexport", version=__version__, docs_url=None, redoc_url=None)
-    limits = limits or Limits()
+    limits, keys = limits or Limits(), list(keys)
     service = Service(generator, model, limits, log)
     app.state.service = service
     install_errors(app)
-    app.add_middleware(Guard, limits=limits, keys=list(keys), hosts=hosts)
+    app.add_middleware(Guard, limits=limits, keys=keys, hosts=hosts)
     if origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"]
@@ -95,7 +95,7 @@ def create_app(
     _add_chat(app, service)
     _add_responses(app, service)
     _add_page(app)
-    _document_errors(app)
+    _document(app, locked=bool(keys))
     return app
 
 
@@ -106,8 +106,6 @@ def _add_state(app: FastAPI, service: Service) -> None:
         if trouble is None:
             return JSONResponse({"status": "ok"})
         return JSONResponse(error_body(trouble, "server_error"), 503)
-
-    app.add_api_route("/health", health, methods=["HEAD"], include_in_schema=False)
 
     @app.get("/ready", responses=_ERRORS)
     async def ready() -> Response:
@@ -286,8 +284,8 @@ def _add_page(app: FastAPI) -> None:
         return Response(status_code=204)
 
 
-def _document_errors(app: FastAPI) -> None:
-    """The form of errors in /openapi.json, instead of FastAPI's own."""
+def _document(app: FastAPI, locked: bool) -> None:
+    """The form of errors in /openapi.json, instead of FastAPI's own, and the key."""
     made = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -301,6 +299,11 @@ def _document_errors(app: FastAPI) -> None:
             **{"type": "object", "required": ["error"]},
             "properties": {"error": error},
         }
+        if locked:
+            bearer = {"type": "http", "scheme": "bearer"}
+            schema["components"]["securitySchemes"] = {"key": bearer}
+            schema["security"] = [{"key": []}]
+            schema["paths"]["/health"]["get"]["security"] = []
         for path in schema["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)

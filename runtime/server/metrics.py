@@ -47,7 +47,9 @@ class Metrics:
             _GAPS,
         )
         self.whole = self._histogram(
-            "e2e_request_latency_seconds", "From arrival to the last token.", _LATENCIES
+            "e2e_request_latency_seconds",
+            "From arrival to the last token of an answer that came to its end.",
+            _LATENCIES,
         )
         self.queued = self._histogram(
             "request_queue_time_seconds", "From arrival to a slot.", _LATENCIES

@@ -31,7 +31,10 @@ class Recorder:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = Record(scope, self._metrics, self._log)
+        method = scope["method"]
+        # whatever can be got has a head too; uvicorn leaves the body away
+        scope = {**scope, "method": "GET" if method == "HEAD" else method}
+        record = Record(scope, method, self._metrics, self._log)
         scope.setdefault("state", {})["record"] = record
 
         async def sending(message: Message) -> None:
@@ -47,8 +50,9 @@ class Recorder:
 class Record:
     """One request as it goes. `/metrics` and the log get it at its end."""
 
-    def __init__(self, scope: Scope, metrics: Metrics, log: RequestLog | None) -> None:
+    def __init__(self, scope: Scope, method: str, metrics: Metrics, log: RequestLog | None) -> None:
         self.id = uuid.uuid4().hex
+        self._method = method
         self._scope, self._metrics, self._log = scope, metrics, log
         self._began = self._asked = time.monotonic()
         self._status = CLIENT_LEFT  # until there is another
@@ -95,7 +99,7 @@ class Record:
 
     def end(self) -> None:
         """The request is over, one way or another."""
-        now, method = time.monotonic(), self._scope["method"]
+        now, method = time.monotonic(), self._method
         done = sum(piece.finish_reason is not None for piece in self._pieces.values())
         if self._status < 400 and done < len(self._sequences):
             self._status = CLIENT_LEFT
@@ -104,21 +108,22 @@ class Record:
         path = getattr(self._scope.get("route"), "path", "none")
         self._metrics.answered(path, method if method in _METHODS else "other", self._status)
         if self._sequences:
-            self._count(now)
+            self._count()
         if self._log is not None and (method == "POST" or self._status >= 400):
             self._log.write(self._line(now))
 
-    def _count(self, now: float) -> None:
+    def _count(self) -> None:
         metrics = self._metrics
-        metrics.whole.observe(now - self._asked)
-        for number, piece in self._pieces.items():
-            if piece.finish_reason is not None:
+        for number, sequence in enumerate(self._sequences):
+            piece = self._pieces.get(number)
+            if piece is None or piece.finish_reason is None:
+                metrics.success("abort" if self._status == CLIENT_LEFT else "error")
+            else:
                 metrics.success(piece.finish_reason)
+                metrics.whole.observe(piece.made - self._asked)
                 if piece.tokens > 1:
-                    metrics.per_token.observe(
-                        (piece.made - self._first[number]) / (piece.tokens - 1)
-                    )
-        for sequence in self._sequences:
+                    spent = piece.made - self._first[number]
+                    metrics.per_token.observe(spent / (piece.tokens - 1))
             metrics.generation_tokens.inc(len(sequence.generated))
             if sequence.admitted is not None:
                 metrics.prompt_tokens.inc(len(sequence.prompt))
@@ -131,7 +136,7 @@ class Record:
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "request": self.id,
             "client": client[0] if client else None,
-            "method": self._scope["method"][:_LONGEST_PATH],
+            "method": self._method[:_LONGEST_PATH],
             "route": self._scope["path"][:_LONGEST_PATH],
             "status": self._status,
             "error": self._error,

@@ -64,7 +64,7 @@ class Choice:
         text, calls = self._tool_text.feed(piece.text)
         first_call = len(self.calls)
         if piece.finish_reason is not None:
-            rest, last = self._tool_text.rest()
+            rest, last = self._tool_text.rest(cut=piece.finish_reason == "length")
             text, calls = text + rest, calls + last
         self.text += text
         self.calls += calls

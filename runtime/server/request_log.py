@@ -4,7 +4,6 @@ import json
 import os
 import queue
 import threading
-from pathlib import Path
 from typing import IO, Any
 
 __all__ = ["RequestLog"]
@@ -26,7 +25,9 @@ class RequestLog:
         if path == "-":
             self._file = os.fdopen(os.dup(2), "wb", buffering=0)
         else:
-            self._file = Path(path).open("ab", buffering=0)  # noqa: SIM115  # closed by close
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+            mode = 0o600 if with_prompts else 0o644  # what people asked is not for every user
+            self._file = os.fdopen(os.open(path, flags, mode), "ab", buffering=0)
         self._lines: queue.Queue[bytes | None] = queue.Queue(_MOST_LINES)
         self._torn = False
         self._thread = threading.Thread(target=self._run, name="qexport-log", daemon=True)

@@ -1,5 +1,6 @@
 """OpenAI's requests, as far as this server speaks them; every other field is refused by name."""
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -45,6 +46,9 @@ Prompt = Annotated[
 ]
 
 
+Empty = Annotated[list[Any], Field(max_length=0)] | None  # neutral, and nothing else
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
@@ -77,7 +81,7 @@ class GenerateRequest(_Strict):
     @model_validator(mode="after")
     def _streams(self) -> "GenerateRequest":
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options are for streams")
+            raise FieldError("stream_options: they are for streams.", "stream_options")
         return self
 
     @property
@@ -135,7 +139,7 @@ class CompletionRequest(GenerateRequest):
     @model_validator(mode="after")
     def _scored(self) -> "CompletionRequest":
         if self.echo and self.logprobs is not None:
-            raise ValueError("logprobs of an echoed prompt are not served")
+            raise FieldError("logprobs: those of an echoed prompt are not served.", "logprobs")
         return self
 
     @property
@@ -153,6 +157,8 @@ class CompletionRequest(GenerateRequest):
 class TextPart(_Strict):
     type: Literal["text", "input_text", "output_text"]
     text: str
+    annotations: Empty = None
+    logprobs: Empty = None
 
 
 class FunctionCall(_Strict):
@@ -174,7 +180,11 @@ class Message(_Strict):
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    # what clients send back of an answer of ours
     refusal: None = None
+    annotations: Empty = None
+    audio: None = None
+    function_call: None = None
 
     @model_validator(mode="after")
     def _has_content(self) -> "Message":
@@ -182,6 +192,8 @@ class Message(_Strict):
             raise ValueError("a message has content, or the assistant's tool_calls")
         if self.tool_calls and self.role != "assistant":
             raise ValueError("tool_calls are the assistant's")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise ValueError("a tool's message says which call it answers, by tool_call_id")
         return self
 
     def for_template(self) -> dict[str, Any]:
@@ -263,9 +275,12 @@ class ChatRequest(GenerateRequest):
     @model_validator(mode="after")
     def _fits(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs need logprobs: true")
+            raise FieldError("top_logprobs: they need logprobs: true.", "top_logprobs")
         if self.tool_choice not in (None, "none") and not self.tools:
-            raise ValueError("tool_choice needs tools")
+            raise FieldError("tool_choice: it needs tools.", "tool_choice")
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise FieldError("tools: two have the same name.", "tools")
         return self
 
     def wanted_logprobs(self) -> int | None:
@@ -300,6 +315,7 @@ class TextOptions(_Strict):
 
 class InputMessage(_Strict):
     type: Literal["message"] = "message"
+    phase: str | None = None
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     id: str | None = None
@@ -321,7 +337,23 @@ class ResponsesRequest(_Strict):
     store: Literal[False] | None = None
     user: str | None = None
     previous_response_id: None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tools: Empty = None
+    # neutral, as clients and answers of ours have them
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    truncation: Literal["disabled"] | None = None
+    include: Empty = None
+    background: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+
+    @model_validator(mode="after")
+    def _is_text(self) -> "ResponsesRequest":
+        # the answer has them, and an answer is valid Unicode
+        try:
+            json.dumps([self.user, self.metadata], ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise FieldError("user, metadata: they are not valid Unicode.", "user") from error
+        return self
 
     def as_chat(self) -> ChatRequest:
         """The same as a chat. Raises FieldError for an empty input."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import json
 import os
 import socket
 from dataclasses import replace
@@ -12,8 +13,9 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from qexport.runtime.server.errors import UnavailableError
+from qexport.runtime.server.errors import UnavailableError, error_body
 from qexport.runtime.server.limits import Limits
+from qexport.runtime.server.metrics import Metrics
 
 __all__ = ["run"]
 
@@ -31,10 +33,10 @@ def run(app: FastAPI, listener: socket.socket, limits: Limits) -> None:
     limits = replace(limits, connections=min(limits.connections, _files() - _OTHER_FILES))
     config = uvicorn.Config(
         app,
-        http=_protocol(limits),
+        http=_protocol(limits, app.state.service.metrics),
         ws="none",
         lifespan="off",
-        log_level="warning",
+        log_level="error",  # its warnings are of what anyone may send, as often as they like
         access_log=False,
         server_header=False,
         limit_concurrency=limits.connections,
@@ -83,11 +85,16 @@ class _Server(uvicorn.Server):
         timer.cancel()
 
 
-def _protocol(limits: Limits) -> type[H11Protocol]:
+def _protocol(limits: Limits, metrics: Metrics) -> type[H11Protocol]:
     """uvicorn's h11, which ends connections whose request does not come, or that take nothing.
 
     They are aborted: closing would wait for what the client does not take.
     """
+    body = json.dumps(error_body("this is not HTTP.")).encode()
+    refusal = (
+        b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+    )
 
     class Protocol(H11Protocol):
         _late: asyncio.TimerHandle | None = None
@@ -104,6 +111,11 @@ def _protocol(limits: Limits) -> type[H11Protocol]:
             super().handle_events()
             if self._answering:
                 self._stop_waiting()
+
+        def send_400_response(self, msg: str) -> None:
+            metrics.answered("none", "other", 400)
+            self.transport.write(refusal)
+            self.transport.close()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()

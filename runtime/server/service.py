@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from functools import partial
 
 from qexport.errors import InputError, QexportError
 from qexport.runtime.constraint import Grammar, Grammars
@@ -93,20 +94,28 @@ class Service:
 
     async def grammar(self, body: ChatRequest) -> Grammar | None:
         """What answers are held to. Raises FieldError for a schema that is not understood."""
-        must = must_call(body)
+        grammars, must, tagged = self._grammars, must_call(body), self.generator.tags_calls
+        wanted: ResponseFormat | None = body.response_format
+        held = wanted is not None and wanted.type != "text"
         if must is not None:
             if not must:
                 raise FieldError("tool_choice: no tool has this name.", "tool_choice")
+            if held:
+                text = "response_format: a call has to be made, which has a form of its own."
+                raise FieldError(text, "response_format")
             schema = call_schema(must)
-            return await self._compiled(lambda: self._grammars.json_schema(schema), "tools")
-        wanted: ResponseFormat | None = body.response_format
-        if wanted is not None and wanted.type != "text":
+            return await self._compiled(lambda: grammars.json_schema(schema), "tools")
+        called = call_schema(offered(body)) if offered(body) else None
+        if wanted is not None and held:
             form = {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema_
-            make = self._grammars.json_schema
-            return await self._compiled(lambda: make(form or {}), "response_format")
-        if offered(body) and self.generator.tags_calls:
-            schema, parallel = call_schema(offered(body)), body.parallel_tool_calls is not False
-            return await self._compiled(lambda: self._grammars.calls(schema, parallel), "tools")
+            answer = form or {}
+            if called is None:
+                return await self._compiled(lambda: grammars.json_schema(answer), "response_format")
+            both = partial(grammars.calls_or, called, answer, tagged)
+            return await self._compiled(both, "response_format")
+        if called is not None and tagged:
+            parallel = body.parallel_tool_calls is not False
+            return await self._compiled(lambda: grammars.calls(called, parallel), "tools")
         return None
 
     async def _compiled(self, make: Callable[[], Grammar], param: str) -> Grammar:
@@ -121,7 +130,9 @@ class Service:
         """Raise FieldError for more answers than there may be, before any work is done."""
         if prompts * body.choices > self.limits.choices:
             most = self.limits.choices
-            raise FieldError(f"n: a request has at most {most} answers, prompts times n.", "n")
+            param = "prompt" if prompts > most else "n"
+            text = f"{param}: a request has at most {most} answers, prompts times n."
+            raise FieldError(text, param)
 
     def jobs(
         self,

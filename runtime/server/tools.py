@@ -1,6 +1,7 @@
 """Calls of tools: what an answer is held to, and how they are found in a model's text."""
 
 import json
+import re
 import uuid
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,9 @@ from qexport.runtime.server.requests import ChatRequest, Tool
 __all__ = ["Call", "ToolText", "call_schema", "must_call", "offered"]
 
 # how an answer begins that is nothing but a call, without its blanks
+_UNENDED = re.compile(
+    r'\s*{\s*"name"\s*:\s*"([^"]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*([^\s].*)', re.S
+)
 _BARE = ('{"name":', '{"arguments":', '{"parameters":')
 
 
@@ -86,12 +90,12 @@ class ToolText:
             pass
         return "".join(shown), calls
 
-    def rest(self) -> tuple[str, list[Call]]:
-        """What was held back to the end."""
+    def rest(self, cut: bool = False) -> tuple[str, list[Call]]:
+        """What was held back to the end; `cut` where tokens ran out before it."""
         held, self._held = self._held, ""
         opened = self._part == self._call
         if opened or self._part == self._bare:
-            call = self._read(held)
+            call = self._read(held) or (self._begun(held) if cut else None)
             if call is not None:
                 return "", [call]
         if self._after_call and not held.strip():
@@ -151,6 +155,11 @@ class ToolText:
     def _nothing(self, shown: list[str], calls: list[Call]) -> bool:
         self._held = ""
         return False
+
+    def _begun(self, text: str) -> Call | None:
+        """A call whose end did not come, with what there is of its arguments."""
+        found = _UNENDED.match(text)
+        return Call(found[1], found[2]) if found and found[1] in self._names else None
 
     def _read(self, text: str) -> Call | None:
         try:

@@ -114,9 +114,13 @@ async function answer(conversation) {
   }
   if (text) conversation.push({ role: "assistant", content: text });
   else {
-    const { content } = conversation.pop(); // a question without an answer goes back to be asked anew
-    if (!at("question").value) at("question").value = content;
-    body.parentElement.previousElementSibling.remove();
+    // a question without an answer goes back to be asked anew, unless the talk was cleared meanwhile
+    const asked = body.parentElement.previousElementSibling;
+    if (asked) {
+      const { content } = conversation.pop();
+      if (!at("question").value) at("question").value = content;
+      asked.remove();
+    }
     body.parentElement.remove();
   }
   tell(began, first, usage);
@@ -145,12 +149,15 @@ async function send(event) {
   at("send").disabled = true;
   at("stop").disabled = false;
   at("talk").setAttribute("aria-busy", "true");
-  await answer(conversation);
-  running = null;
-  at("send").disabled = false;
-  at("stop").disabled = true;
-  at("talk").removeAttribute("aria-busy");
-  at("question").focus();
+  try {
+    await answer(conversation);
+  } finally {
+    running = null;
+    at("send").disabled = false;
+    at("stop").disabled = true;
+    at("talk").removeAttribute("aria-busy");
+    at("question").focus();
+  }
 }
 
 async function look() {

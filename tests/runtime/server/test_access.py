@@ -15,6 +15,7 @@ from fastapi.testclient import TestClient
 
 from qexport.runtime.server import Limits, RequestLog, create_app
 from qexport.runtime.serving import Serving, open_generator
+from qexport.tiny import write_tiny_model
 from tests.conftest import Cli, Runs
 from tests.runtime.server.conftest import Server
 
@@ -152,6 +153,50 @@ def test_metrics_count(app_of: App) -> None:
     assert values[f"vllm:inter_token_latency_seconds_count{name}"] == 6
     assert values[f"vllm:num_requests_running{name}"] == 0
     assert values['vllm:request_success_total{finished_reason="length",model_name="m"}'] == 3
+
+
+def test_whatever_can_be_got_has_a_head(app_of: App) -> None:
+    client = app_of()
+    for path in ("/health", "/ready", "/metrics", "/v1/models", "/", "/page.js"):
+        answer = client.head(path)
+        assert answer.status_code == 200, path
+    assert client.head("/v1/completions").status_code == 405
+
+
+def test_metrics_of_what_was_not_finished(endless: Path) -> None:
+    server = Server(endless)
+    body = {"model": "long", "prompt": "ab", "max_tokens": 50_000, "stream": True}
+    with httpx.stream("POST", f"{server.url}/completions", json=body) as got:
+        next(got.iter_lines())
+    try:
+        name = 'vllm:request_success_total{finished_reason="abort",model_name="long"} 1.0'
+        end = time.monotonic() + 20
+        while name not in (text := httpx.get(f"{server.root}/metrics").text):
+            assert time.monotonic() < end
+        assert 'vllm:e2e_request_latency_seconds_count{model_name="long"} 0.0' in text
+    finally:
+        server.stop()
+
+
+def test_repeatable_options_of_a_file(tmp_path: Path, runs: Runs) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("api-key: [one, two]\nlimit:\n- body=50\nserved-model-name: mine\n")
+    server = Server(runs("4"), "--config", str(file))
+    try:
+        for key, status in (("one", 413), ("two", 413), ("three", 401)):
+            headers = {"Authorization": f"Bearer {key}"}
+            assert server.post("/v1/completions", BODY, headers=headers).status_code == status
+        assert server.model == "mine"
+    finally:
+        server.stop()
+
+
+def test_more_memory_than_there_is(tiny_model: Path, cli: Cli) -> None:
+    """Said before any of it is taken."""
+    large = write_tiny_model(tiny_model.parent / "large", max_position_embeddings=2**30)
+    result = cli("serve", large, "--port", "0", "--slots", "256", "--context", str(2**30))
+    assert result.returncode == 2
+    assert "take fewer slots or a smaller context" in " ".join(result.stderr.split())
 
 
 def test_limits_are_settable(app_of: App) -> None:

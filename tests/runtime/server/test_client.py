@@ -244,6 +244,45 @@ def test_responses(client: openai.OpenAI) -> None:
     assert text == made.output_text == last.response.output_text
 
 
+def test_answers_go_back_as_they_came(client: openai.OpenAI) -> None:
+    """A conversation goes on with what the client has of our answers, nulls and all."""
+    made = chat(client, max_tokens=3)
+    message = made.choices[0].message.model_dump()
+    again = chat(client, messages=[*MESSAGES, message, *MESSAGES], max_tokens=3)
+    assert again.choices[0].finish_reason in ("stop", "length")
+    first = client.responses.create(model=MODEL, input="x", max_output_tokens=4)
+    conversation: Any = [{"role": "user", "content": "x"}, *first.output]
+    conversation.append({"role": "user", "content": "y"})
+    second = client.responses.create(
+        model=MODEL,
+        input=conversation,
+        max_output_tokens=4,
+        truncation="disabled",
+        tool_choice="auto",
+        parallel_tool_calls=True,
+        background=False,
+    )
+    assert second.status in ("completed", "incomplete")
+
+
+def test_a_call_and_an_answers_form(client: openai.OpenAI) -> None:
+    """Where a call has to be made there is no other form; where it may be, either comes."""
+    wanted = _schema(SCHEMA)
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(client, tools=[CLOCK], tool_choice="required", response_format=wanted)
+    assert caught.value.param == "response_format"
+    for seed in range(4):
+        made = chat(
+            client,
+            **{"tools": [CLOCK], "response_format": wanted, "seed": seed},
+            **{"temperature": 1.5, "max_tokens": 150},
+        ).choices[0]
+        if made.finish_reason == "stop":
+            assert set(json.loads(made.message.content)) == {"ok", "n"}
+        elif made.finish_reason == "tool_calls":
+            assert made.message.tool_calls[0].function.name == "clock"
+
+
 def test_responses_follow_a_schema(client: openai.OpenAI) -> None:
     form: Any = {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}}
     made = client.responses.create(model=MODEL, input="x", text=form, max_output_tokens=60)
@@ -281,6 +320,9 @@ def test_errors_are_the_clients_own(client: openai.OpenAI) -> None:
         ({"tools": [WEATHER], "tool_choice": _named("nobody")}, "tool_choice"),
         ({"response_format": _schema({"type": "banana"})}, "response_format"),
         ({"logprobs": True, "top_logprobs": 21}, "logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"tools": [CLOCK, CLOCK]}, "tools"),
+        ({"tool_choice": "auto"}, "tool_choice"),
     ):
         with pytest.raises(openai.BadRequestError) as caught:
             chat(client, **fields)

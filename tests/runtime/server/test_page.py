@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.runtime.server.conftest import Server
@@ -116,6 +117,36 @@ def test_settings_are_what_is_asked(page: Any) -> None:
     page.fill("#temperature", "9")
     ask(page, "three")
     page.wait_for_function("document.getElementById('notice').textContent.includes('temperature')")
+
+
+def test_a_talk_is_cleared_while_its_answer_is_awaited(browser: Any, endless: Path) -> None:
+    """No slot is free, so that no token has come: the page goes on all the same."""
+    server = Server(endless, "--slots", "1")
+    opened = browser.new_context(bypass_csp=True).new_page()
+    try:
+        opened.goto(server.root + "/")
+        opened.wait_for_function("document.getElementById('model').textContent == 'long'")
+        body = {"model": "long", "prompt": "a", "max_tokens": 100_000, "stream": True}
+        with httpx.stream("POST", f"{server.url}/completions", json=body) as other:
+            lines = other.iter_lines()  # kept: without it httpx closes the connection
+            next(lines)
+            ask(opened, "first")
+            opened.wait_for_function("document.getElementById('waiting').textContent == '1'")
+            opened.click("#clear")
+            idle(opened)
+            assert opened.locator(".turn").count() == 0
+            ask(opened, "second")
+            opened.keyboard.press("Escape")
+            idle(opened)
+            assert opened.input_value("#question") == "second"  # it goes back to be asked anew
+            assert opened.locator(".turn").count() == 0
+        ask(opened, "third")
+        opened.wait_for_function(
+            "document.querySelector('.turn.assistant span')?.textContent.length > 0"
+        )
+    finally:
+        opened.close()
+        server.stop()
 
 
 def test_keys(browser: Any, endless: Path) -> None:

@@ -119,6 +119,7 @@ def test_garbage_gets_an_error_and_an_end(strict: Server, garbage: bytes) -> Non
         except ConnectionError:  # closed with bytes of ours unread
             found = b""
     assert not found or found.startswith(b"HTTP/1.1 4"), found[:100]
+    assert not found or json.loads(found.partition(b"\r\n\r\n")[2])["error"]["message"]
     answers(strict)
 
 

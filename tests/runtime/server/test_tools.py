@@ -97,6 +97,67 @@ def test_a_cut_answer_is_not_said_to_be_calls() -> None:
     assert choice.add(Piece("", 10, "length")).finish == "length"
 
 
+def test_a_call_that_is_cut_is_a_call_all_the_same() -> None:
+    """Not text for people to read: what there is of it, as OpenAI gives it."""
+    for text in (CALL[:40], f"<tool_call>{CALL[:40]}"):
+        choice = Choice({"weather"})
+        delta = choice.add(Piece(text, 9, "length"))
+        assert (delta.text, delta.finish) == ("", "length")
+        assert [(call.name, call.arguments) for call in delta.calls] == [("weather", CALL[33:40])]
+
+
+def test_grammars_leave_no_room_for_blanks(tiny_model: Path) -> None:
+    """Small models fill it to the end of their tokens."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    grammars = Grammars(tokenizer, len(tokenizer), frozenset([tokenizer.eos_token_id]))
+    schema: dict[str, Any] = {"type": "object", "required": ["a"]}
+    schema["properties"] = {"a": {"type": "integer"}}
+    schema["additionalProperties"] = False
+
+    def takes(text: str) -> bool:
+        constraint = grammars.json_schema(schema).constraint()
+        for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
+            if not constraint.allowed(len(tokenizer))[token]:
+                return False
+            constraint.accept(token)
+        return True
+
+    assert takes('{"a": 17}')
+    for text in ("{ ", '{"a" ', '{"a":  ', '{"a": 17 ', " {", '{"a": 17}\n'):
+        assert not takes(text), text
+
+
+def test_either_a_call_or_an_answer_of_a_form(tiny_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    end = tokenizer.eos_token_id
+    grammars = Grammars(tokenizer, len(tokenizer), frozenset([end]))
+    tool = Tool.model_validate({"type": "function", "function": {"name": "clock"}})
+    answer: dict[str, Any] = {"type": "object", "required": ["a"], "additionalProperties": False}
+    answer |= {"properties": {"a": {"$ref": "#/$defs/x"}}, "$defs": {"x": {"type": "integer"}}}
+
+    def takes(tagged_calls: bool, text: str) -> bool:
+        grammar = grammars.calls_or(call_schema([tool]), answer, tagged_calls)
+        constraint = grammar.constraint()
+        for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
+            if not constraint.allowed(len(tokenizer))[token]:
+                return False
+            constraint.accept(token)
+        return bool(constraint.allowed(len(tokenizer))[end])
+
+    call = '{"name": "clock", "arguments": {}}'
+    for kind in (True, False):
+        assert takes(kind, '{"a": 17}')
+        assert not takes(kind, '{"b": 17}')
+        assert not takes(kind, "text")
+        assert takes(kind, call) == (not kind)
+        assert takes(kind, tagged(call)) == kind
+    assert takes(True, f"{tagged(call)}\n{tagged(call)}")
+
+
 @pytest.mark.parametrize("parallel", [True, False])
 def test_calls_in_free_text_follow_their_schemas(tiny_model: Path, parallel: bool) -> None:
     from transformers import AutoTokenizer
