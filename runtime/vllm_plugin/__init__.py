@@ -13,14 +13,14 @@ from qexport.runtime.vllm_plugin.native import NativeConfig
 __all__ = ["register"]
 
 _log = logging.getLogger("vllm.qexport")
-_TRIED = (0, 29), (0, 33)
+_KNOWN = (0, 29), (0, 33)
 
 
 def register() -> None:
     """Teach this process's vLLM what we have; each of its processes calls it, maybe twice."""
     version = tuple(int(part) for part in vllm.__version__.split(".")[:2] if part.isdigit())
-    if not _TRIED[0] <= version <= _TRIED[1]:
-        _log.warning("qexport has been tried with vLLM 0.29 to 0.33, not %s.", vllm.__version__)
+    if not _KNOWN[0] <= version <= _KNOWN[1]:
+        _log.warning("qexport was written for vLLM 0.29 to 0.33, not %s.", vllm.__version__)
     register_quantization_config("qexport")(NativeConfig)
     try:
         from qexport.runtime.vllm_plugin.wna16 import register_kernel

@@ -15,19 +15,21 @@ from vllm.platforms import PlatformEnum
 from vllm.scalar_type import scalar_types
 
 from qexport.formats.words import from_words
-from qexport.grid import INT2, INT3, INT4, UINT2, UINT3, UINT4, Scheme
+from qexport.grid import INT2, INT3, INT4, INT8, UINT2, UINT3, UINT4, UINT8, Scheme
 from qexport.runtime.kernels.cpu import CpuKernel
 from qexport.tensor import QuantizedTensor
 
 __all__ = ["QexportCpuKernel", "register_kernel"]
 
+_NAMES = {
+    **{"uint2b2": INT2, "uint3b4": INT3, "uint4b8": INT4, "uint8b128": INT8},
+    **{"uint2": UINT2, "uint3": UINT3, "uint4": UINT4, "uint8": UINT8},
+}
+# 0.29 knows no asymmetric codes of 2 and 3 bits
 _GRIDS = {
-    scalar_types.uint2b2: INT2,
-    scalar_types.uint3b4: INT3,
-    scalar_types.uint4b8: INT4,
-    scalar_types.uint2: UINT2,
-    scalar_types.uint3: UINT3,
-    scalar_types.uint4: UINT4,
+    getattr(scalar_types, name): grid
+    for name, grid in _NAMES.items()
+    if hasattr(scalar_types, name)
 }
 _CPU = torch.device("cpu")
 
@@ -59,11 +61,12 @@ class QexportCpuKernel(MPLinearKernel):
         """Unpack the words, and prepack the codes."""
         c = self.config
         (inputs, out), scheme = c.partition_weight_shape, _scheme(c)
-        words, scales, zero_words = self._get_weight_params(layer)
+        words, scales = getattr(layer, self.w_q_name), getattr(layer, self.w_s_name)
         width = scheme.grid.bits
         zeros = None
         if not scheme.symmetric:
-            zeros = from_words(zero_words.data.t().contiguous(), width, out).t().contiguous()
+            zero_words = getattr(layer, self.w_zp_name or "").data
+            zeros = from_words(zero_words.t().contiguous(), width, out).t().contiguous()
         weight = QuantizedTensor(
             from_words(words.data, width, inputs), scales.data.contiguous(), scheme, zeros
         )
