@@ -1,6 +1,5 @@
 """The routes of an OpenAI-compatible server over one model."""
 
-import mimetypes
 import uuid
 from collections.abc import Iterable
 from functools import partial
@@ -270,11 +269,14 @@ def _add_page(app: FastAPI) -> None:
         "X-Content-Type-Options": "nosniff",
         "Cache-Control": "no-cache",
     }
-    for path, name in (("/", "index.html"), ("/page.css", "page.css"), ("/page.js", "page.js")):
+    for path, name, kind in (
+        ("/", "index.html", "text/html"),
+        ("/page.css", "page.css", "text/css"),
+        ("/page.js", "page.js", "text/javascript"),
+    ):
         content = (_PAGE / name).read_bytes()
-        kind = mimetypes.guess_type(name)[0]
 
-        async def page(content: bytes = content, kind: str | None = kind) -> Response:
+        async def page(content: bytes = content, kind: str = kind) -> Response:
             return Response(content, media_type=kind, headers=headers)
 
         app.add_api_route(path, page, include_in_schema=False, response_model=None)

@@ -43,6 +43,9 @@ class Recorder:
 
         try:
             await self._app(scope, receive, sending)
+        except Exception:
+            record.broke()
+            raise
         finally:
             record.end()
 
@@ -88,6 +91,10 @@ class Record:
     def failed(self, error: QexportError) -> None:
         """What the client could only be told in the middle of a stream."""
         self._status, self._error = answer_of(error).status_code, str(error)
+
+    def broke(self) -> None:
+        """A fault of ours, which is answered further out."""
+        self._status, self._error = 500, "internal error"
 
     def sent(self, message: Message) -> None:
         """What goes to the client; what it is told is wrong is noted."""

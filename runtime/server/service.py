@@ -141,8 +141,7 @@ class Service:
         default: int,
         grammar: Grammar | None = None,
     ) -> list[Job]:
-        """`n` answers to each prompt. Raises FieldError for more than there may be."""
-        self.check_choices(len(prompts), body)
+        """`n` answers to each prompt. Raises FieldError for what no sampler takes."""
         jobs = []
         for prompt in prompts:
             room = max(1, min(default, self.generator.context - len(prompt)))

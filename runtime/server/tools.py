@@ -124,7 +124,7 @@ class ToolText:
 
     def _text(self, shown: list[str], calls: list[Call]) -> bool:
         text, opened, after = self._held.partition(CALL_OPEN)
-        kept = 0 if opened else _begun(text)
+        kept = 0 if opened else _opening(text)
         text, begun = text[: len(text) - kept], text[len(text) - kept :]
         if self._after_call and not text.strip():  # blanks between calls are nobody's text
             if not opened:
@@ -173,7 +173,7 @@ class ToolText:
         return Call(name, json.dumps(arguments, ensure_ascii=False))
 
 
-def _begun(text: str) -> int:
+def _opening(text: str) -> int:
     """Characters at the end of `text` that may be the beginning of a call."""
     for length in range(min(len(text), len(CALL_OPEN) - 1), 0, -1):
         if CALL_OPEN.startswith(text[-length:]):

@@ -326,3 +326,23 @@ def test_usage_of_several_answers(app_of: App) -> None:
     assert usage["prompt_tokens"] == 16
     assert usage["prompt_tokens_details"]["cached_tokens"] == 15
     assert usage["completion_tokens"] == 6
+
+
+def test_a_fault_of_ours_is_logged_as_one(
+    app_of: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "requests.jsonl"
+    log = RequestLog(str(path), with_prompts=False)
+    app = app_of(log=log).app
+
+    def fails(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("qexport.runtime.server.service.Service.admit", fails)
+    client = TestClient(app, raise_server_exceptions=False)
+    answer = client.post("/v1/completions", json=BODY)
+    assert answer.status_code == 500
+    assert answer.json()["error"]["message"] == "internal error."
+    log.close()
+    line = json.loads(path.read_text())
+    assert (line["status"], line["error"]) == (500, "internal error")
