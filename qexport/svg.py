@@ -1,0 +1,87 @@
+"""Line charts as SVG: one text, no script, no outside resource."""
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+__all__ = ["line_chart"]
+
+_WIDTH, _HEIGHT = 720, 420
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 190, 40, 50
+_COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
+
+Points = Sequence[tuple[float, float]]
+
+
+def line_chart(title: str, x_label: str, y_label: str, series: Mapping[str, Points]) -> str:
+    """Lines of (x, y) on logarithmic axes; both have to be positive. Raises ValueError for none."""
+    points = [point for line in series.values() for point in line]
+    if not points or min(min(point) for point in points) <= 0:
+        raise ValueError("a logarithmic chart wants points, and positive ones")
+    x_axis = _Axis([x for x, _ in points], _LEFT, _WIDTH - _RIGHT)
+    y_axis = _Axis([y for _, y in points], _HEIGHT - _BOTTOM, _TOP)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'aria-label="{escape(title)}" font-family="system-ui, sans-serif" font-size="12" '
+        'fill="currentColor">',
+        f'<text x="{_LEFT}" y="22" font-size="15">{escape(title)}</text>',
+    ]
+    for value, place in x_axis.ticks():
+        parts.append(_grid_line(place, _TOP, place, _HEIGHT - _BOTTOM))
+        parts.append(_text(place, _HEIGHT - _BOTTOM + 18, _short(value), "middle"))
+    for value, place in y_axis.ticks():
+        parts.append(_grid_line(_LEFT, place, _WIDTH - _RIGHT, place))
+        parts.append(_text(_LEFT - 8, place + 4, _short(value), "end"))
+    parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 10, x_label, "middle"))
+    parts.append(
+        f'<text transform="translate(16 {(_TOP + _HEIGHT - _BOTTOM) / 2}) rotate(-90)" '
+        f'text-anchor="middle">{escape(y_label)}</text>'
+    )
+    for number, (name, line) in enumerate(series.items()):
+        color = _COLORS[number % len(_COLORS)]
+        places = [(x_axis.place(x), y_axis.place(y)) for x, y in line]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in places]
+        at = _TOP + 8 + 20 * number
+        parts.append(_grid_line(_WIDTH - _RIGHT + 12, at, _WIDTH - _RIGHT + 32, at, color, 3))
+        parts.append(_text(_WIDTH - _RIGHT + 38, at + 4, name, "start"))
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+class _Axis:
+    """Values to places, by their logarithms."""
+
+    def __init__(self, values: Sequence[float], begin: float, end: float) -> None:
+        low, high = math.log10(min(values)), math.log10(max(values))
+        spare = 0.04 * (high - low) or 0.5
+        self._low, self._high = low - spare, high + spare
+        self._begin, self._end = begin, end
+
+    def place(self, value: float) -> float:
+        share = (math.log10(value) - self._low) / (self._high - self._low)
+        return self._begin + share * (self._end - self._begin)
+
+    def ticks(self) -> list[tuple[float, float]]:
+        """Powers of ten, with twos and fives between where there is room."""
+        decades = range(math.floor(self._low), math.ceil(self._high) + 1)
+        steps = (1, 2, 5) if self._high - self._low < 3 else (1,)
+        values = [step * 10.0**decade for decade in decades for step in steps]
+        return [(v, self.place(v)) for v in values if self._low <= math.log10(v) <= self._high]
+
+
+def _grid_line(
+    x1: float, y1: float, x2: float, y2: float, color: str = "#8884", width: int = 1
+) -> str:
+    return (
+        f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{color}" '
+        f'stroke-width="{width}"/>'
+    )
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _short(value: float) -> str:
+    return f"{value:g}" if 1e-3 <= value < 1e5 else f"{value:.0e}"

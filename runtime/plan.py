@@ -1,0 +1,185 @@
+"""What a model will take, reckoned from its config alone: bytes, memory, and a roofline.
+
+A step reads every weight once and every sequence's keys and values, and computes two operations a
+weight for each sequence. It takes at least the longer of both: memory at small batches, arithmetic
+at large ones. Packed weights shorten the first and not the second, which is why they pay at small
+batches (Williams, Waterman, Patterson 2009, "Roofline").
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from qexport.errors import InputError
+from qexport.formats.base import Options
+from qexport.formats.card import vllm_reads
+from qexport.formats.registry import FORMATS
+from qexport.grid import INT8, Scheme
+from qexport.runtime.families import DecoderConfig
+from qexport.runtime.hardware import Hardware
+
+__all__ = ["Model", "Roofline", "crossover", "file_sizes", "most_sequences"]
+
+_DENSE_BYTES = 2  # of a bfloat16 number
+_LARGEST_BATCH = 1 << 16
+
+
+@dataclass(frozen=True)
+class Model:
+    """Numbers of a model's weights, from its config.json."""
+
+    config: DecoderConfig
+
+    @property
+    def linears(self) -> Counter[tuple[int, int]]:
+        """[out, in] of the matrices that are quantized, and how many of each are stored."""
+        c = self.config
+        queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        shapes = [(queries, c.hidden), (keys, c.hidden), (keys, c.hidden), (c.hidden, queries)]
+        shapes += [(c.inter, c.hidden), (c.inter, c.hidden), (c.hidden, c.inter)]
+        return Counter(shapes * len(set(c.weights)))
+
+    @property
+    def stored(self) -> int:
+        """Weights of these matrices in a file."""
+        return sum(out * inputs * count for (out, inputs), count in self.linears.items())
+
+    @property
+    def computed(self) -> int:
+        """Weights of these matrices that a token meets: layers may share theirs."""
+        return self.stored * self.config.layers // len(set(self.config.weights))
+
+    @property
+    def head(self) -> int:
+        return self.config.vocabulary * self.config.hidden
+
+    @property
+    def dense(self) -> int:
+        """Numbers that stay as they are: embeddings, a head of its own, norms."""
+        norms = (2 * len(set(self.config.weights)) + 1) * self.config.hidden
+        return self.head * (1 if self.config.tied else 2) + norms
+
+    def cache_bytes(self, itemsize: int = 2) -> int:
+        """Keys and values of one token."""
+        c = self.config
+        return 2 * c.layers * c.kv_heads * c.head_dim * itemsize
+
+    def linear_bytes(self, scheme: Scheme | None) -> float:
+        """The quantized matrices, scales included; bfloat16 for None."""
+        if scheme is None:
+            return float(self.stored * _DENSE_BYTES)
+        return sum(
+            out * inputs * count * scheme.bits_per_weight(inputs) / 8
+            for (out, inputs), count in self.linears.items()
+        )
+
+    def weight_bytes(self, scheme: Scheme | None) -> float:
+        """All weights, the dense ones in bfloat16."""
+        return self.linear_bytes(scheme) + self.dense * _DENSE_BYTES
+
+    def check(self, scheme: Scheme) -> None:
+        """Raise InputError where a group does not divide a matrix."""
+        for _, inputs in self.linears:
+            if scheme.group_size is not None and inputs % scheme.group_size:
+                raise InputError(
+                    f"groups of {scheme.group_size} do not divide {inputs} inputs of this model."
+                )
+
+
+def file_sizes(model: Model, scheme: Scheme) -> list[dict[str, Any]]:
+    """A row for each format: {format, verdict, stored, bytes, vllm}; bytes None where refused.
+
+    By the rules of `qexport pack`: the narrowest exact holder that the format has.
+    """
+    rows: list[dict[str, Any]] = []
+    for name, form in FORMATS.items():
+        verdicts = {shape: form.verdict(scheme, shape, Options()) for shape in model.linears}
+        reasons = [verdict.reason for verdict in verdicts.values() if verdict.holder is None]
+        row: dict[str, Any] = {"format": name}
+        if reasons:
+            rows.append({**row, "verdict": "refused", "reason": reasons[0], "bytes": None})
+            continue
+        packed = sum(
+            out * inputs * model.linears[out, inputs] * verdict.bits_per_weight / 8
+            for (out, inputs), verdict in verdicts.items()
+        )
+        stored = sorted({verdict.stored for verdict in verdicts.values()})
+        rows.append(
+            {
+                **row,
+                "verdict": next(iter(verdicts.values())).kind(scheme),
+                "stored": stored,
+                "bytes": round(packed + model.dense * _DENSE_BYTES),
+                "vllm": vllm_reads(name, [{"stored": one} for one in stored]),
+            }
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Least times of a model on one device; what is measured is above them.
+
+    scheme       of weights; None for bfloat16
+    int8         whether activations are int8 too (W8A8), and products run at that rate
+    """
+
+    model: Model
+    hardware: Hardware
+    scheme: Scheme | None
+    int8: bool = False
+
+    def decode_seconds(self, batch: int, context: int) -> float:
+        """One step of `batch` sequences that have `context` tokens each (TPOT)."""
+        model = self.model
+        read = model.linear_bytes(self.scheme) + model.head * _DENSE_BYTES
+        read += batch * context * model.cache_bytes()
+        return max(read / self.hardware.bandwidth, self._compute(batch, batch * context))
+
+    def prompt_seconds(self, tokens: int) -> float:
+        """A prompt alone, to its first token (TTFT)."""
+        read = self.model.linear_bytes(self.scheme) + self.model.head * _DENSE_BYTES
+        computed = self._compute(tokens, tokens * tokens / 2, heads=1)
+        return max(read / self.hardware.bandwidth, computed)
+
+    def _compute(self, tokens: int, pairs: float, heads: int | None = None) -> float:
+        """Seconds of arithmetic: `pairs` of a token and one that it looks at."""
+        model, hardware = self.model, self.hardware
+        rate = hardware.int8 if self.int8 else hardware.flops
+        attention = 4 * pairs * model.config.heads * model.config.head_dim * model.config.layers
+        head = 2 * (tokens if heads is None else heads) * model.head
+        return 2 * tokens * model.computed / rate + (attention + head) / hardware.flops
+
+
+def crossover(
+    model: Model, hardware: Hardware, scheme: Scheme, context: int
+) -> dict[str, int | None]:
+    """The first batch at which weight-only is no faster than bfloat16, and than W8A8.
+
+    None where it is at every batch, or where the device has no int8.
+    """
+    packed = Roofline(model, hardware, scheme)
+    others = {"bfloat16": Roofline(model, hardware, None)}
+    if hardware.int8:
+        others["w8a8"] = Roofline(model, hardware, Scheme(INT8), int8=True)
+    return {name: _first(packed, other, context) for name, other in others.items()}
+
+
+def _first(packed: Roofline, other: Roofline, context: int) -> int | None:
+    low, high = 0, _LARGEST_BATCH  # ahead at low (or nowhere), not ahead at high
+
+    def ahead(batch: int) -> bool:
+        return packed.decode_seconds(batch, context) < 0.999 * other.decode_seconds(batch, context)
+
+    if ahead(high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if ahead(middle) else (low, middle)
+    return high
+
+
+def most_sequences(model: Model, hardware: Hardware, scheme: Scheme | None, context: int) -> int:
+    """Sequences of `context` tokens that fit beside the weights in nine tenths of the memory."""
+    room = 0.9 * hardware.memory - model.weight_bytes(scheme)
+    return max(0, int(room // (context * model.cache_bytes())))
