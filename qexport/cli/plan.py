@@ -49,7 +49,7 @@ def command(
 
     Times are a roofline: what the device allows at its best, without any overhead. Measured ones
     are above; `benchmarks/` says by how much. Weight-only quantization makes steps shorter while
-    memory is what they wait for, and stops doing so at the batch that is named.
+    weights are what they wait for: at the batch that is named it has stopped to be worth it.
     """
     from qexport.checkpoint import read_config
     from qexport.grid import GRIDS, Scheme
@@ -150,5 +150,8 @@ def _print(found: dict[str, Any]) -> None:
     cells = "".join(f"{found['ttft_seconds'][name] * 1e3:>14.2f}" for name in names)
     click.echo(f"  to the first token of {found['prompt']:<8}{cells}")
     for name, batch in found["weight_only_pays_below"].items():
-        least = f"from {batch} sequences at a time on" if batch else "at no batch"
-        click.echo(f"{name} is as fast as {found['scheme']} {least}.")
+        if batch is not None:
+            click.echo(
+                f"{found['scheme']} takes less than nine tenths of {name}'s time below {batch} "
+                "sequences at a time."
+            )
