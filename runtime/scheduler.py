@@ -149,9 +149,8 @@ class Scheduler:
     def cancel_all(self, error: Exception) -> None:
         """End every request with an error."""
         for sequence in [*self._waiting, *self._running]:
-            self._fail(
-                sequence, copy.copy(error)
-            )  # each is raised elsewhere, with its own traceback
+            # a copy: each is raised elsewhere, with its own traceback
+            self._fail(sequence, copy.copy(error))
 
     def step(self) -> None:
         """Admit what has room, run one step, and tell of each new token."""

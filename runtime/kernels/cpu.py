@@ -43,7 +43,7 @@ def _(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
 class CpuLinear(Linear):
     """A packed or dense weight in memory that C++ reads; `struct` points into it.
 
-    packed  that memory, by which the operator `qexport::cpu_linear` finds the rest
+    packed  that memory; the operator `qexport::cpu_linear` finds a prepacked one's rest by it
     """
 
     def __init__(self, struct: CpuLinearStruct, keep: list[Tensor], exact: bool) -> None:
@@ -52,7 +52,6 @@ class CpuLinear(Linear):
         self.packed = keep[0]
         self._keep = keep
         self._exact = exact
-        _BY_ADDRESS[self.packed.data_ptr()] = self
 
     def matmul(self, x: Tensor) -> Tensor:
         kernels = library()
@@ -123,7 +122,9 @@ class CpuKernel(Kernel):
         if weight.zeros is not None:
             struct.zeros = kept.pointer(self._arena.copy(_in_blocks(weight.zeros)))
         struct.bias = None if bias is None else kept.pointer(bias.float().contiguous())
-        return CpuLinear(struct, kept.tensors, self._exact)
+        linear = CpuLinear(struct, kept.tensors, self._exact)
+        _BY_ADDRESS[packed.data_ptr()] = linear
+        return linear
 
 
 class _Kept:

@@ -21,10 +21,10 @@ from qexport.runtime.server.requests import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    ResponsesRequest,
     TokenizeRequest,
 )
 from qexport.runtime.server.responses import Response as ResponseObject
+from qexport.runtime.server.responses import ResponsesRequest
 from qexport.runtime.server.service import Exchange, Service
 from qexport.runtime.server.streams import OpenAIAnswer, respond
 from qexport.runtime.server.tools import offered

@@ -9,7 +9,7 @@ __all__ = ["Limits"]
 class Limits:
     """Safe defaults, each an option of `qexport serve`.
 
-    queue            requests that may wait for a slot; more get 429
+    queue            answers that may wait for a slot, or be in preparation; more get 429
     body             bytes of a request; more get 413
     choices          answers to one request: prompts times `n`
     stops, stop_length   stop strings, and characters of each

@@ -1,9 +1,16 @@
 """OpenAI's requests, as far as this server speaks them; every other field is refused by name."""
 
-import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from qexport.runtime.sampler import Sampling
 from qexport.runtime.server.errors import FieldError
@@ -13,13 +20,17 @@ __all__ = [
     "ChatRequest",
     "CompletionRequest",
     "DetokenizeRequest",
+    "Empty",
     "GenerateRequest",
     "Message",
     "ResponseFormat",
-    "ResponsesRequest",
+    "Schema",
+    "Strict",
+    "TextPart",
     "TokenizeRequest",
     "Tool",
     "ToolChoice",
+    "check",
 ]
 
 _TEMPLATE_VARIABLES = ("enable_thinking", "thinking", "reasoning_effort")
@@ -49,15 +60,17 @@ Prompt = Annotated[
 Empty = Annotated[list[Any], Field(max_length=0)] | None  # neutral, and nothing else
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A part of a request: no field that is not known, no number that is none."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool | None = None
 
 
-class GenerateRequest(_Strict):
+class GenerateRequest(Strict):
     """What requests for text have in common."""
 
     model: str
@@ -77,6 +90,15 @@ class GenerateRequest(_Strict):
     n: int | None = Field(default=None, ge=1)
     ignore_eos: bool | None = None
     user: str | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _is_unicode(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        try:
+            "".join(stop or ()).encode()
+        except UnicodeEncodeError as error:
+            raise FieldError("stop: it is not valid Unicode.", "stop") from error
+        return stop
 
     @model_validator(mode="after")
     def _streams(self) -> "GenerateRequest":
@@ -104,12 +126,12 @@ class GenerateRequest(_Strict):
     def sampling(self, max_tokens: int, limits: Limits, index: int = 0) -> Sampling:
         """How choice `index` is sampled. Raises FieldError."""
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        _check(len(stops) <= limits.stops, f"more than {limits.stops} stop strings", "stop")
+        check(len(stops) <= limits.stops, f"more than {limits.stops} stop strings", "stop")
         wrong = any(not stop or len(stop) > limits.stop_length for stop in stops)
-        _check(not wrong, f"a stop string has 1 to {limits.stop_length} characters", "stop")
+        check(not wrong, f"a stop string has 1 to {limits.stop_length} characters", "stop")
         logprobs = self.wanted_logprobs()
         most = limits.logprobs
-        _check((logprobs or 0) <= most, f"at most {most} logprobs are given", "logprobs")
+        check((logprobs or 0) <= most, f"at most {most} logprobs are given", "logprobs")
         return Sampling(
             max_tokens=max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
@@ -154,25 +176,27 @@ class CompletionRequest(GenerateRequest):
         return self.logprobs
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
+    """Text in a message."""
+
     type: Literal["text", "input_text", "output_text"]
     text: str
     annotations: Empty = None
     logprobs: Empty = None
 
 
-class FunctionCall(_Strict):
+class FunctionCall(Strict):
     name: str
     arguments: str
 
 
-class ToolCall(_Strict):
+class ToolCall(Strict):
     id: str
     type: Literal["function"]
     function: FunctionCall
 
 
-class Message(_Strict):
+class Message(Strict):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -211,25 +235,25 @@ class Message(_Strict):
         return found
 
 
-class Function(_Strict):
+class Function(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class Tool(_Strict):
+class Tool(Strict):
     """A function that the model may call."""
 
     type: Literal["function"]
     function: Function
 
 
-class NamedFunction(_Strict):
+class NamedFunction(Strict):
     name: str
 
 
-class NamedTool(_Strict):
+class NamedTool(Strict):
     type: Literal["function"]
     function: NamedFunction
 
@@ -237,14 +261,16 @@ class NamedTool(_Strict):
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 
-class Schema(_Strict):
+class Schema(Strict):
+    """The JSON schema of an answer."""
+
     name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
     description: str | None = None
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
     strict: bool | None = None
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     """What an answer is held to."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -295,87 +321,13 @@ class ChatRequest(GenerateRequest):
         for name, value in found.items():
             known = ", ".join(_TEMPLATE_VARIABLES)
             text = f"{name[:50]} is not a template's variable that requests may set; {known} are"
-            _check(name in _TEMPLATE_VARIABLES, text, "chat_template_kwargs")
+            check(name in _TEMPLATE_VARIABLES, text, "chat_template_kwargs")
             short = not isinstance(value, str) or len(value) <= _LONGEST_TEMPLATE_VALUE
-            _check(short, f"{name} is too long", "chat_template_kwargs")
+            check(short, f"{name} is too long", "chat_template_kwargs")
         return dict(found)
 
 
-class TextFormat(_Strict):
-    type: Literal["text", "json_object", "json_schema"]
-    name: str | None = None
-    description: str | None = None
-    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
-    strict: bool | None = None
-
-
-class TextOptions(_Strict):
-    format: TextFormat | None = None
-
-
-class InputMessage(_Strict):
-    type: Literal["message"] = "message"
-    phase: str | None = None
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    id: str | None = None
-    status: str | None = None
-
-
-class ResponsesRequest(_Strict):
-    """POST /v1/responses, for text; nothing is stored."""
-
-    model: str
-    input: str | list[InputMessage]
-    instructions: str | None = None
-    max_output_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    stream: bool | None = None
-    text: TextOptions | None = None
-    metadata: dict[str, str] | None = Field(default=None, max_length=16)
-    store: Literal[False] | None = None
-    user: str | None = None
-    previous_response_id: None = None
-    tools: Empty = None
-    # neutral, as clients and answers of ours have them
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = None
-    truncation: Literal["disabled"] | None = None
-    include: Empty = None
-    background: Literal[False] | None = None
-    service_tier: Literal["auto", "default"] | None = None
-
-    @model_validator(mode="after")
-    def _is_text(self) -> "ResponsesRequest":
-        # the answer has them, and an answer is valid Unicode
-        try:
-            json.dumps([self.user, self.metadata], ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise FieldError("user, metadata: they are not valid Unicode.", "user") from error
-        return self
-
-    def as_chat(self) -> ChatRequest:
-        """The same as a chat. Raises FieldError for an empty input."""
-        messages = [Message(role="system", content=self.instructions)] if self.instructions else []
-        if isinstance(self.input, str):
-            messages.append(Message(role="user", content=self.input))
-        else:
-            messages += [Message(role=m.role, content=m.content) for m in self.input]
-        _check(bool(messages), "the input is empty", "input")
-        found = None if self.text is None or self.text.format is None else self.text.format
-        return ChatRequest(
-            model=self.model,
-            messages=messages,
-            max_completion_tokens=self.max_output_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            stream=self.stream,
-            response_format=None if found is None else _response_format(found),
-        )
-
-
-class TokenizeRequest(_Strict):
+class TokenizeRequest(Strict):
     """POST /tokenize: a text, or a conversation."""
 
     model: str | None = None
@@ -391,14 +343,15 @@ class TokenizeRequest(_Strict):
         return self
 
 
-class DetokenizeRequest(_Strict):
+class DetokenizeRequest(Strict):
     """POST /detokenize."""
 
     model: str | None = None
     tokens: Tokens
 
 
-def _check(holds: bool, message: str, param: str) -> None:
+def check(holds: bool, message: str, param: str) -> None:
+    """Raise FieldError where a field of a request does not hold."""
     if not holds:
         raise FieldError(f"{param}: {message}.", param)
 
@@ -412,15 +365,7 @@ def _text(content: str | list[TextPart] | None) -> str:
 def _biases(given: dict[str, float] | None) -> dict[int, float]:
     found = {}
     for token, bias in (given or {}).items():
-        _check(token.isascii() and token.isdigit(), "keys are token ids", "logit_bias")
-        _check(len(token) < 10 and -100 <= bias <= 100, "values are -100 to 100", "logit_bias")
+        check(token.isascii() and token.isdigit(), "keys are token ids", "logit_bias")
+        check(len(token) < 10 and -100 <= bias <= 100, "values are -100 to 100", "logit_bias")
         found[int(token)] = bias
     return found
-
-
-def _response_format(text: TextFormat) -> ResponseFormat:
-    if text.type != "json_schema":
-        return ResponseFormat(type=text.type)
-    _check(text.schema_ is not None, "a json_schema has a schema", "text")
-    name = text.name or "answer"
-    return ResponseFormat(type="json_schema", json_schema=Schema(name=name, schema=text.schema_))

@@ -1,17 +1,104 @@
-"""The responses API, for text: its bodies and its events."""
+"""The responses API, for text: its requests, bodies and events."""
 
+import json
 import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
 
 from qexport.errors import QexportError
-from qexport.runtime.server.requests import ResponsesRequest
+from qexport.runtime.server.errors import FieldError
+from qexport.runtime.server.requests import (
+    ChatRequest,
+    Empty,
+    Message,
+    ResponseFormat,
+    Schema,
+    Strict,
+    TextPart,
+    check,
+)
 from qexport.runtime.server.service import Exchange
 from qexport.runtime.server.streams import event
 
-__all__ = ["Response"]
+__all__ = ["Response", "ResponsesRequest"]
+
+
+class TextFormat(Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class TextOptions(Strict):
+    format: TextFormat | None = None
+
+
+class InputMessage(Strict):
+    type: Literal["message"] = "message"
+    phase: str | None = None
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    id: str | None = None
+    status: str | None = None
+
+
+class ResponsesRequest(Strict):
+    """POST /v1/responses, for text; nothing is stored."""
+
+    model: str
+    input: str | list[InputMessage]
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    stream: bool | None = None
+    text: TextOptions | None = None
+    metadata: dict[str, str] | None = Field(default=None, max_length=16)
+    store: Literal[False] | None = None
+    user: str | None = None
+    previous_response_id: None = None
+    tools: Empty = None
+    # neutral, as clients and answers of ours have them
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    truncation: Literal["disabled"] | None = None
+    include: Empty = None
+    background: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+
+    @model_validator(mode="after")
+    def _is_text(self) -> "ResponsesRequest":
+        # the answer has them, and an answer is valid Unicode
+        try:
+            json.dumps([self.user, self.metadata], ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise FieldError("user, metadata: they are not valid Unicode.", "user") from error
+        return self
+
+    def as_chat(self) -> ChatRequest:
+        """The same as a chat. Raises FieldError for an empty input."""
+        messages = [Message(role="system", content=self.instructions)] if self.instructions else []
+        if isinstance(self.input, str):
+            messages.append(Message(role="user", content=self.input))
+        else:
+            messages += [Message(role=m.role, content=m.content) for m in self.input]
+        check(bool(messages), "the input is empty", "input")
+        found = None if self.text is None or self.text.format is None else self.text.format
+        return ChatRequest(
+            model=self.model,
+            messages=messages,
+            max_completion_tokens=self.max_output_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            stream=self.stream,
+            response_format=None if found is None else _response_format(found),
+        )
 
 
 class Response:
@@ -111,3 +198,11 @@ class Response:
 
 def _part(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _response_format(text: TextFormat) -> ResponseFormat:
+    if text.type != "json_schema":
+        return ResponseFormat(type=text.type)
+    check(text.schema_ is not None, "a json_schema has a schema", "text")
+    name = text.name or "answer"
+    return ResponseFormat(type="json_schema", json_schema=Schema(name=name, schema=text.schema_))

@@ -7,7 +7,7 @@ import os
 import socket
 from dataclasses import replace
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import uvicorn
 from fastapi import FastAPI
@@ -23,6 +23,11 @@ _LARGEST_HEAD = 32 << 10  # bytes of a request line and its headers
 _MOST_FILES = 1 << 16
 _OTHER_FILES = 64  # the model's, pipes, the log
 _AFTER_DRAIN = 5  # seconds for streams to end after their answers were
+_REFUSAL = json.dumps(error_body("this is not HTTP.")).encode()
+_NOT_HTTP = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    b"Content-Length: %d\r\n\r\n%s" % (len(_REFUSAL), _REFUSAL)
+)
 
 
 def run(app: FastAPI, listener: socket.socket, limits: Limits) -> None:
@@ -30,10 +35,10 @@ def run(app: FastAPI, listener: socket.socket, limits: Limits) -> None:
     ends at once."""
     gc.collect()
     gc.freeze()  # what was imported stays: looking through all of it stops answers for 0.2 s
-    limits = replace(limits, connections=min(limits.connections, _files() - _OTHER_FILES))
+    limits = replace(limits, connections=max(1, min(limits.connections, _files() - _OTHER_FILES)))
     config = uvicorn.Config(
         app,
-        http=_protocol(limits, app.state.service.metrics),
+        http=_Protocol.shared_by(limits, app.state.service.metrics),
         ws="none",
         lifespan="off",
         log_level="error",  # its warnings are of what anyone may send, as often as they like
@@ -85,70 +90,73 @@ class _Server(uvicorn.Server):
         timer.cancel()
 
 
-def _protocol(limits: Limits, metrics: Metrics) -> type[H11Protocol]:
+class _Protocol(H11Protocol):
     """uvicorn's h11, which ends connections whose request does not come, or that take nothing.
 
-    They are aborted: closing would wait for what the client does not take.
+    They are aborted: closing would wait for what the client does not take. uvicorn makes one for
+    each connection; what they share is `shared_by`'s.
     """
-    body = json.dumps(error_body("this is not HTTP.")).encode()
-    refusal = (
-        b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nConnection: close\r\n"
-        b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
-    )
 
-    class Protocol(H11Protocol):
-        _late: asyncio.TimerHandle | None = None
-        _slow: asyncio.TimerHandle | None = None
+    limits: ClassVar[Limits]
+    metrics: ClassVar[Metrics]
 
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            if len(self.connections) > limits.connections:
-                transport.abort()
-                return
+    @classmethod
+    def shared_by(cls, limits: Limits, metrics: Metrics) -> "type[_Protocol]":
+        """The class for a server with these limits."""
+        return type("_Protocol", (cls,), {"limits": limits, "metrics": metrics})
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._late: asyncio.TimerHandle | None = None
+        self._slow: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.connections:
+            transport.abort()
+            return
+        self._wait()
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self._answering:
+            self._stop_waiting()
+
+    def send_400_response(self, msg: str) -> None:
+        self.metrics.answered("none", "other", 400)
+        self.transport.write(_NOT_HTTP)
+        self.transport.close()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self._answering and not self.transport.is_closing():
             self._wait()
 
-        def handle_events(self) -> None:
-            super().handle_events()
-            if self._answering:
-                self._stop_waiting()
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._slow = self.loop.call_later(self.limits.send_seconds, self.transport.abort)
 
-        def send_400_response(self, msg: str) -> None:
-            metrics.answered("none", "other", 400)
-            self.transport.write(refusal)
-            self.transport.close()
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._slow is not None:
+            self._slow.cancel()
 
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            if not self._answering and not self.transport.is_closing():
-                self._wait()
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        if self._slow is not None:
+            self._slow.cancel()
+        super().connection_lost(exc)
 
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self._slow = self.loop.call_later(limits.send_seconds, self.transport.abort)
+    @property
+    def _answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
 
-        def resume_writing(self) -> None:
-            super().resume_writing()
-            if self._slow is not None:
-                self._slow.cancel()
+    def _wait(self) -> None:
+        self._stop_waiting()
+        seconds = self.limits.receive_seconds + self.limits.idle_seconds
+        self._late = self.loop.call_later(seconds, self.transport.abort)
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_waiting()
-            if self._slow is not None:
-                self._slow.cancel()
-            super().connection_lost(exc)
-
-        @property
-        def _answering(self) -> bool:
-            return self.cycle is not None and not self.cycle.response_complete
-
-        def _wait(self) -> None:
-            self._stop_waiting()
-            seconds = limits.receive_seconds + limits.idle_seconds
-            self._late = self.loop.call_later(seconds, self.transport.abort)
-
-        def _stop_waiting(self) -> None:
-            if self._late is not None:
-                self._late.cancel()
-                self._late = None
-
-    return Protocol
+    def _stop_waiting(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None

@@ -11,10 +11,11 @@ from qexport.runtime.server.requests import ChatRequest, Tool
 
 __all__ = ["Call", "ToolText", "call_schema", "must_call", "offered"]
 
-# how an answer begins that is nothing but a call, without its blanks
+# a call whose end did not come: its name, and what there is of its arguments
 _UNENDED = re.compile(
     r'\s*{\s*"name"\s*:\s*"([^"]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*([^\s].*)', re.S
 )
+# how an answer begins that is nothing but a call, without its blanks
 _BARE = ('{"name":', '{"arguments":', '{"parameters":')
 
 

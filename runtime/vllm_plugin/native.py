@@ -22,7 +22,6 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from qexport import bits
 from qexport.checkpoint import Modules, modules_from_json
@@ -88,13 +87,10 @@ class NativeConfig(QuantizationConfig):
             if all(shard is None for shard in shards):
                 return UnquantizedLinearMethod()
             return NativeLinearMethod(prefix, shards)
-        inside = prefix in self.modules or any(
-            name.startswith(f"{prefix}.") for name in self.modules
-        )
-        if inside and (isinstance(layer, VocabParallelEmbedding) or "MoE" in type(layer).__name__):
+        if any(name == prefix or name.startswith(f"{prefix}.") for name in self.modules):
             raise ValueError(
                 f"{prefix} is quantized, and under vLLM embeddings, heads and experts are served "
-                "dense; pack with --exclude for it, or use qexport serve without --backend vllm."
+                "dense; keep it dense, or use qexport serve without --backend vllm."
             )
         return None
 
@@ -163,7 +159,7 @@ class NativeLinearMethod(LinearMethodBase):
             raise ValueError(
                 f"{self._prefix}: {ranks} ranks would each get {self._inputs} of its inputs, "
                 f"which cuts groups of {group or 'a channel'} at {width} bits; use fewer ranks "
-                "(--tensor-parallel-size) or pack with smaller groups."
+                "(--tensor-parallel-size) or train with smaller groups."
             )
 
     def _stored(
@@ -214,7 +210,7 @@ class NativeLinearMethod(LinearMethodBase):
         if name == "qweight":
             first = self._first * scheme.grid.bits // 8
             return loaded[:, first : first + bits.packed_bytes(self._inputs, scheme.grid.bits)]
-        first = self._first // (scheme.group_size or self._first + 1)
+        first = 0 if scheme.group_size is None else self._first // scheme.group_size
         return loaded[:, first : first + scheme.groups(self._inputs)]
 
     def _ranks(self, layer: Any, index: int) -> int:

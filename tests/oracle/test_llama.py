@@ -20,15 +20,10 @@ from qexport.tensor import QuantizedTensor
 from qexport.tiny import write_tiny_model
 from qexport.train import TrainConfig, train
 from tests.oracle.install import FOLDER
+from tests.oracle.marks import REAL_MODELS
 from tests.oracle.models import rounded, smollm2, trained
 
-pytestmark = [
-    pytest.mark.oracle,
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (FOLDER / ".ready").exists(), reason="no .venv-oracle here; `make oracle` makes it"
-    ),
-]
+pytestmark = REAL_MODELS
 SCRIPT = Path(__file__).parent / "llama_scores.py"
 POSITIONS = 64
 

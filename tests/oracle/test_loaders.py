@@ -14,15 +14,13 @@ from qexport.formats.pack import pack
 from tests.conftest import Runs
 from tests.formats.models import decoder_layer
 from tests.oracle.install import FOLDER
+from tests.oracle.marks import NEEDS_ENVIRONMENT
 
 with warnings.catch_warnings():  # what another package warns of while it is imported is its own
     warnings.simplefilter("ignore")
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
 pytestmark = pytest.mark.oracle
-needs_environment = pytest.mark.skipif(
-    not (FOLDER / ".ready").exists(), reason="no .venv-oracle here; `make oracle` makes it"
-)
 HERE = Path(__file__).parent
 
 
@@ -65,7 +63,7 @@ def test_the_decompressor_of_compressed_tensors(
         assert torch.equal(values.view(shape), source.quantized(f"{module}.weight").dequantize())
 
 
-@needs_environment
+@NEEDS_ENVIRONMENT
 @pytest.mark.parametrize("inputs", [192, 256])
 def test_three_bits_as_older_libraries_pack_them(
     tiny_model: Path, tmp_path: Path, inputs: int
@@ -116,7 +114,7 @@ def test_transformers_loads_compressed_tensors(
         assert torch.equal(model.get_submodule(module).weight, expected)
 
 
-@needs_environment
+@NEEDS_ENVIRONMENT
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "bits"), [("gptq", 2), ("gptq", 3), ("gptq", 4), ("gptq", 8), ("awq", 4)]

@@ -17,15 +17,10 @@ from qexport.modelling import load_tokenizer
 from qexport.tiny import write_tiny_model
 from qexport.train import TrainConfig, train
 from tests.oracle.install import FOLDER
+from tests.oracle.marks import REAL_MODELS
 from tests.oracle.models import dense_twin, smollm2
 
-pytestmark = [
-    pytest.mark.oracle,
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (FOLDER / ".ready").exists(), reason="no .venv-oracle here; `make oracle` makes it"
-    ),
-]
+pytestmark = REAL_MODELS
 SCRIPT = Path(__file__).parent / "vllm_logprobs.py"
 PLACES = (
     *("France", "Italy", "Spain", "Germany", "Japan", "China", "Egypt", "Russia", "Greece"),

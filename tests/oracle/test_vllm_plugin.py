@@ -20,17 +20,12 @@ from qexport.runtime.serving import Serving, open_generator
 from qexport.tensor import QuantizedTensor, portable, quantize
 from qexport.tiny import write_tiny_model
 from tests.oracle.install import FOLDER
+from tests.oracle.marks import REAL_MODELS
 from tests.oracle.models import smollm2
 from tests.oracle.test_vllm import PLACES
 from tests.oracle.vllm_tokens import TOKENS
 
-pytestmark = [
-    pytest.mark.oracle,
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (FOLDER / ".ready").exists(), reason="no .venv-oracle here; `make oracle` makes it"
-    ),
-]
+pytestmark = REAL_MODELS
 SCRIPT = Path(__file__).parent / "vllm_tokens.py"
 
 
@@ -175,3 +170,16 @@ def test_a_group_that_two_ranks_would_cut_is_refused(tmp_path: Path) -> None:
     result = vllm(tmp_path / "out", [[1, 2]], tmp_path / "run", **engine)
     text = result.stdout + result.stderr
     assert "down_proj: 2 ranks would each get 96 of its inputs" in text, text[-3000:]
+
+
+def test_a_quantized_head_is_refused(tmp_path: Path) -> None:
+    """vLLM would take it for a dense one."""
+    model = write_tiny_model(tmp_path / "model", tie_word_embeddings=False)
+    source = open_checkpoint(model)
+    head, scheme = "lm_head.weight", Scheme(GRIDS["seq2"], 64)
+    entry = source.entries[head]
+    packed = Entry(entry.shape, entry.dtype, partial(on_grid, source, head, scheme), scheme)
+    run = Checkpoint(model, "run", source.config, {**source.entries, head: packed})
+    assert pack(run, FORMATS["native"], tmp_path / "out").exact
+    result = vllm(tmp_path / "out", [[1, 2]], tmp_path / "run", enforce_eager=True)
+    assert "lm_head is quantized" in result.stdout + result.stderr

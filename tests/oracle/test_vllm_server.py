@@ -19,14 +19,9 @@ from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.pack import pack
 from qexport.tiny import write_tiny_model
 from tests.oracle.install import FOLDER
+from tests.oracle.marks import REAL_MODELS
 
-pytestmark = [
-    pytest.mark.oracle,
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (FOLDER / ".ready").exists(), reason="no .venv-oracle here; `make oracle` makes it"
-    ),
-]
+pytestmark = REAL_MODELS
 KEY = "s3cret"
 
 

@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from benchmarks.gpu_decode import LLAMA
 from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.pack import pack
 from qexport.grid import GRIDS, Scheme
@@ -16,28 +17,13 @@ from qexport.runtime.plan import Model, Roofline, crossover, file_sizes, most_se
 from qexport.svg import line_chart
 from tests.conftest import Cli, Runs
 
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-}
 SEQ2, INT4 = Scheme(GRIDS["seq2"], 128), Scheme(GRIDS["int4"], 128)
 H200 = GPUS["h200"]
 
 
 @pytest.fixture(scope="module")
 def llama() -> Model:
-    config = decoder_config(LLAMA_8B)
+    config = decoder_config(LLAMA)
     assert isinstance(config, DecoderConfig)
     return Model(config)
 
@@ -112,7 +98,7 @@ def test_what_fits(llama: Model) -> None:
 
 def test_the_command(tmp_path: Path, cli: Cli) -> None:
     """A config alone is enough."""
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     plot = tmp_path / "plan.svg"
     asked = ("plan", tmp_path, "--bits", "2", "--group-size", "128", "--gpu", "h200")
     result = cli(*asked, "--json", "--plot", plot)

@@ -271,16 +271,19 @@ def test_a_call_and_an_answers_form(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         chat(client, tools=[CLOCK], tool_choice="required", response_format=wanted)
     assert caught.value.param == "response_format"
-    for seed in range(4):
+    ended = []
+    for seed in range(8):
         made = chat(
             client,
             **{"tools": [CLOCK], "response_format": wanted, "seed": seed},
             **{"temperature": 1.5, "max_tokens": 150},
         ).choices[0]
+        ended.append(made.finish_reason)
         if made.finish_reason == "stop":
             assert set(json.loads(made.message.content)) == {"ok", "n"}
         elif made.finish_reason == "tool_calls":
             assert made.message.tool_calls[0].function.name == "clock"
+    assert set(ended) - {"length"}
 
 
 def test_responses_follow_a_schema(client: openai.OpenAI) -> None:
