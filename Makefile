@@ -1,6 +1,8 @@
 # `make demo` and `make test` set up what they need on a fresh machine: Python >= 3.10.
 PYTHON ?= python3
 BIN := .venv/bin
+# processes that tests are shared out over, each with one thread
+WORKERS ?= 2
 
 .PHONY: setup demo test check fmt test-gpu bench fuzz oracle peers bench-gpu
 
@@ -16,7 +18,7 @@ demo: setup
 	$(BIN)/python -m benchmarks.demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: setup
 	$(BIN)/ruff format --check .

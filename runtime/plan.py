@@ -7,22 +7,35 @@ batches (Williams, Waterman, Patterson 2009, "Roofline").
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from qexport.errors import InputError
 from qexport.formats.base import Options
 from qexport.formats.card import vllm_reads
 from qexport.formats.registry import FORMATS
-from qexport.grid import INT8, Scheme
+from qexport.grid import Scheme
 from qexport.runtime.families import DecoderConfig
 from qexport.runtime.hardware import Hardware
+from qexport.runtime.kernels import KERNELS
 
-__all__ = ["Model", "Roofline", "crossover", "file_sizes", "most_sequences"]
+__all__ = [
+    "PAYS",
+    "Model",
+    "Roofline",
+    "Times",
+    "crossover",
+    "file_sizes",
+    "kernel_rows",
+    "memory_bytes",
+    "most_sequences",
+]
 
 _DENSE_BYTES = 2  # of a bfloat16 number
 _LARGEST_BATCH = 1 << 16
-_PAYS = 0.9  # of another's time
+_USABLE = 0.9  # of a memory
+PAYS = 0.9  # of another's time: what weight-only has to stay below
 
 
 @dataclass(frozen=True)
@@ -117,9 +130,21 @@ def file_sizes(model: Model, scheme: Scheme) -> list[dict[str, Any]]:
     return rows
 
 
+class Times(Protocol):
+    """How long a model takes on a device, reckoned or measured."""
+
+    def decode_seconds(self, batch: int, context: int) -> float:
+        """One step of `batch` sequences that have `context` tokens each (TPOT)."""
+
+    def prompt_seconds(self, tokens: int) -> float:
+        """A prompt alone, to its first token (TTFT)."""
+
+
 @dataclass(frozen=True)
 class Roofline:
     """Least times of a model on one device; what is measured is above them.
+
+    On GPUs packed weights are multiplied as float16, on CPUs as int8.
 
     scheme       of weights; None for bfloat16
     int8         whether activations are int8 too (W8A8), and products run at that rate
@@ -146,32 +171,32 @@ class Roofline:
     def _compute(self, tokens: int, pairs: float, heads: int | None = None) -> float:
         """Seconds of arithmetic: `pairs` of a token and one that it looks at."""
         model, hardware = self.model, self.hardware
-        rate = hardware.int8 if self.int8 else hardware.flops
+        as_int8 = self.int8 or (hardware.kind == "cpu" and self.scheme is not None)
+        rate = hardware.int8 if as_int8 else hardware.flops
         attention = 4 * pairs * model.config.heads * model.config.head_dim * model.config.layers
         head = 2 * (tokens if heads is None else heads) * model.head
         return 2 * tokens * model.computed / rate + (attention + head) / hardware.flops
 
 
 def crossover(
-    model: Model, hardware: Hardware, scheme: Scheme, context: int
+    packed: Times, others: Mapping[str, Times], context: int, most: int | None = None
 ) -> dict[str, int | None]:
     """The first batch at which weight-only takes nine tenths of bfloat16's, and of W8A8's, time.
 
-    None where that is at no batch. A last hundredth is gained for long: with many long sequences a
-    step waits for their keys and values, whatever the weights are.
+    None where that is at no batch up to `most`. A last hundredth is gained for long: with many long
+    sequences a step waits for their keys and values, whatever the weights are.
     """
-    packed = Roofline(model, hardware, scheme)
-    others = {"bfloat16": Roofline(model, hardware, None)}
-    if hardware.int8:
-        others["w8a8"] = Roofline(model, hardware, Scheme(INT8), int8=True)
-    return {name: _first(packed, other, context) for name, other in others.items()}
+    return {
+        name: _first(packed, other, context, most or _LARGEST_BATCH)
+        for name, other in others.items()
+    }
 
 
-def _first(packed: Roofline, other: Roofline, context: int) -> int | None:
-    low, high = 0, _LARGEST_BATCH  # ahead at low (or nowhere), not ahead at high
+def _first(packed: Times, other: Times, context: int, most: int) -> int | None:
+    low, high = 0, most  # ahead at low, or nowhere; not at high
 
     def ahead(batch: int) -> bool:
-        return packed.decode_seconds(batch, context) < _PAYS * other.decode_seconds(batch, context)
+        return packed.decode_seconds(batch, context) < PAYS * other.decode_seconds(batch, context)
 
     if ahead(high):
         return None
@@ -181,7 +206,36 @@ def _first(packed: Roofline, other: Roofline, context: int) -> int | None:
     return high
 
 
-def most_sequences(model: Model, hardware: Hardware, scheme: Scheme | None, context: int) -> int:
+def kernel_rows(model: Model, scheme: Scheme, hardware: Hardware) -> list[dict[str, Any]]:
+    """A row for each kernel: {kernel, reason}, None where it takes every matrix of the model.
+
+    By the kernels' own rules, without asking what is installed here.
+    """
+    rows: list[dict[str, Any]] = []
+    for name, kernel in KERNELS.items():
+        reasons = [kernel.refuses_scheme(scheme, shape) for shape in model.linears]
+        reason = next((reason for reason in reasons if reason is not None), None)
+        if kernel.device not in (None, hardware.kind):
+            reason = f"it runs on {kernel.device}"
+        elif hardware.kind == "cuda" and hardware.capability < kernel.capability:
+            reason = f"it needs compute capability {kernel.capability / 10}"
+        rows.append({"kernel": name, "reason": reason})
+    return rows
+
+
+def memory_bytes(model: Model, scheme: Scheme | None, batch: int, context: int) -> float:
+    """Weights, keys and values of so many sequences, and the buffers of a step."""
+    config = model.config
+    widest = config.vocabulary + 2 * config.inter + 4 * config.hidden
+    cache = batch * context * model.cache_bytes()
+    return model.weight_bytes(scheme) + cache + 4 * batch * widest
+
+
+def most_sequences(
+    model: Model, hardware: Hardware, scheme: Scheme | None, context: int
+) -> int | None:
     """Sequences of `context` tokens that fit beside the weights in nine tenths of the memory."""
-    room = 0.9 * hardware.memory - model.weight_bytes(scheme)
+    if hardware.memory is None:
+        return None
+    room = _USABLE * hardware.memory - model.weight_bytes(scheme)
     return max(0, int(room // (context * model.cache_bytes())))

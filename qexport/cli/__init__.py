@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": "Continue a prompt.",
     "chat": "Talk to a model in the terminal.",
     "serve": "Serve a checkpoint over OpenAI's HTTP protocol.",
+    "bench": "Measure latency beside other engines, kernels, or a server under load.",
     "doctor": "Show what this machine has to work with.",
 }
 

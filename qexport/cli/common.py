@@ -11,7 +11,7 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Command", "fail", "json_option", "print_json", "progress_console", "size"]
+__all__ = ["Command", "Numbers", "fail", "json_option", "print_json", "progress_console", "size"]
 
 
 class Command(click.Command):
@@ -81,6 +81,29 @@ def _value(value: Any, many: bool) -> Any:
     if many and value is not None:
         return [str(one) for one in value] if isinstance(value, list) else [str(value)]
     return value if isinstance(value, bool) or value is None else str(value)
+
+
+class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic from 8.4 on
+    """Positive numbers with commas between them, as a tuple."""
+
+    name = "numbers"
+
+    def __init__(self, kind: "type[int] | type[float]" = int) -> None:
+        self._kind = kind
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        """Fails with click's usage error."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            found = tuple(self._kind(part) for part in str(value).split(","))
+        except ValueError:
+            found = ()
+        if not found or not all(0 < number < 1 << 24 for number in found):
+            self.fail(f"{value!r} is not one or more positive numbers, as in 1,2,4.", param, ctx)
+        return tuple(dict.fromkeys(found))
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

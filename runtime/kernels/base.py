@@ -26,10 +26,18 @@ class Kernel(ABC):
     """One way of multiplying with quantized weights.
 
     activations   dtypes that its products take
+    device        type of the devices that it runs on; None for every one
+    capability    the oldest NVIDIA architecture, as in 80
     """
 
     name: str
     activations: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+    device: str | None = "cuda"
+    capability = 70
+
+    @abstractmethod
+    def refuses_scheme(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        """Why no weight [out, in] of this scheme is taken on any device; None where it may be."""
 
     @abstractmethod
     def refuses(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:

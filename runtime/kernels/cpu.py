@@ -84,19 +84,24 @@ class CpuKernel(Kernel):
     in its batch.
     """
 
+    device = "cpu"
+
     def __init__(self, exact: bool = False) -> None:
         self.name = "cpu-exact" if exact else "cpu"
         self._exact = exact
         self._arena = Arena()
+
+    def refuses_scheme(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        if scheme.group_size is not None and scheme.group_size % _PAD:
+            return f"groups of {scheme.group_size} are no multiple of {_PAD}"
+        return None
 
     def refuses(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
         if device.type != "cpu":
             return f"it runs on CPUs, not on {device.type}"
         if library() is None:
             return "it was not compiled: qexport was installed without a C++ compiler"
-        if scheme.group_size is not None and scheme.group_size % _PAD:
-            return f"groups of {scheme.group_size} are no multiple of {_PAD}"
-        return None
+        return self.refuses_scheme(scheme, shape)
 
     def prepack(self, weight: QuantizedTensor, bias: Tensor | None = None) -> CpuLinear:
         self.check(weight)

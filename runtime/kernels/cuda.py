@@ -36,15 +36,22 @@ class CudaKernel(Kernel):
     """
 
     name = "cuda"
+    capability = 80
     activations = (torch.float16, torch.bfloat16)
 
-    def refuses(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
-        if device.type != "cuda":
-            return f"it runs on NVIDIA GPUs, not on {device.type}"
+    def refuses_scheme(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         if scheme.grid.bits > MOST_BITS:
             return f"codes of {scheme.grid.bits} bits are more than {MOST_BITS}"
         if span_inputs(scheme.group_size, scheme.grid.bits) % 16:
             return f"groups of {scheme.group_size} are no multiple of 16"
+        return None
+
+    def refuses(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return f"it runs on NVIDIA GPUs, not on {device.type}"
+        reason = self.refuses_scheme(scheme, shape)
+        if reason is not None:
+            return reason
         capability = torch.cuda.get_device_capability(device)
         if capability < _OLDEST:
             return f"compute capability {'.'.join(map(str, capability))} is below 8.0"

@@ -42,12 +42,16 @@ class HummingKernel(Kernel):
 
     name = "humming"
     activations = (torch.float16, torch.bfloat16)
+    capability = 75
 
     def refuses(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
         if importlib.util.find_spec("humming") is None:
             return "humming-kernels is not installed"
         if device.type != "cuda":
             return f"it runs on NVIDIA GPUs, not on {device.type}"
+        return self.refuses_scheme(scheme, shape)
+
+    def refuses_scheme(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         if scheme.scale_dtype == torch.float32:
             return "its scales have 16 bits, and these have 32"
         if any(size % _MULTIPLE for size in shape):

@@ -24,9 +24,13 @@ class ReferenceKernel(Kernel):
     """Every scheme on every device, in `dtype`; as large as the dense model."""
 
     name = "reference"
+    device = None
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self._dtype = dtype
+
+    def refuses_scheme(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        return None
 
     def refuses(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
         return None

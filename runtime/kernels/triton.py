@@ -74,14 +74,17 @@ class TritonKernel(Kernel):
 
     name = "triton"
 
+    def refuses_scheme(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        if scheme.group_size is not None and scheme.group_size % 16:
+            return f"groups of {scheme.group_size} are no multiple of 16"
+        return None
+
     def refuses(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
         if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             return f"it runs on GPUs, not on {device.type}"
-        if scheme.group_size is not None and scheme.group_size % 16:
-            return f"groups of {scheme.group_size} are no multiple of 16"
-        return None
+        return self.refuses_scheme(scheme, shape)
 
     def prepack(self, weight: QuantizedTensor, bias: Tensor | None = None) -> Linear:
         self.check(weight)

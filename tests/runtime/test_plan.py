@@ -12,7 +12,7 @@ from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.pack import pack
 from qexport.grid import GRIDS, Scheme
 from qexport.runtime.families import DecoderConfig, decoder_config
-from qexport.runtime.hardware import GPUS
+from qexport.runtime.hardware import CPUS, GPUS
 from qexport.runtime.plan import Model, Roofline, crossover, file_sizes, most_sequences
 from qexport.svg import line_chart
 from tests.conftest import Cli, Runs
@@ -80,7 +80,11 @@ def test_a_step_waits_for_memory_and_then_for_arithmetic(llama: Model) -> None:
 
 def test_where_weight_only_stops_paying(llama: Model) -> None:
     """bfloat16 waits for arithmetic from the device's ridge on, W8A8 earlier overtakes."""
-    found = crossover(llama, H200, INT4, context=1)
+    others = {
+        "bfloat16": Roofline(llama, H200, None),
+        "w8a8": Roofline(llama, H200, Scheme(GRIDS["int8"]), int8=True),
+    }
+    found = crossover(Roofline(llama, H200, INT4), others, context=1)
     assert found["bfloat16"] is not None and found["w8a8"] is not None
     assert found["bfloat16"] == pytest.approx(0.9 * H200.ridge, rel=0.02)
     assert 0.4 * H200.ridge < found["w8a8"] < 0.6 * H200.ridge
@@ -92,8 +96,9 @@ def test_where_weight_only_stops_paying(llama: Model) -> None:
 
 def test_what_fits(llama: Model) -> None:
     assert most_sequences(llama, GPUS["t4"], None, 4096) == 0
-    assert most_sequences(llama, GPUS["t4"], SEQ2, 4096) > 10
-    assert most_sequences(llama, H200, SEQ2, 4096) > most_sequences(llama, H200, None, 4096)
+    room = [most_sequences(llama, GPUS["t4"], scheme, 4096) or 0 for scheme in (None, INT4, SEQ2)]
+    assert 0 < room[1] < room[2]
+    assert most_sequences(llama, CPUS["epyc-9654"], SEQ2, 4096) is None
 
 
 def test_the_command(tmp_path: Path, cli: Cli) -> None:

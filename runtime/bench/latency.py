@@ -1,0 +1,276 @@
+"""Latency of engines side by side: batches by prompt lengths by output lengths.
+
+Engines are loaded once, each in a process of its own, and take turns: every repeat of a cell goes
+to all of them before the next one. They get the same tokens, new ones for each repeat, and answer
+greedily; what they answer is compared.
+"""
+
+import hashlib
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from qexport.checkpoint import Checkpoint, weight_files
+from qexport.errors import InputError, QexportError
+from qexport.formats import open_checkpoint
+from qexport.runtime.bench.backends import Answers, Options
+from qexport.runtime.bench.contender import Contender, Running
+from qexport.runtime.bench.machine import describe, roofs
+from qexport.runtime.bench.noise import Noise
+from qexport.runtime.bench.statistics import percentiles, request_times
+from qexport.runtime.loader import best_device
+from qexport.runtime.plan import PAYS
+
+__all__ = ["SCHEMA", "Settings", "crossovers", "measure_latency"]
+
+SCHEMA = "qexport.bench.latency/1"
+_PAUSE = 0.1  # for threads of the one before to go to sleep
+_WARM_TOKENS = 4
+_ENDS = 1 << 20  # bytes
+_HEAD_NAMES = ("lm_head.weight", "model.embed_tokens.weight")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    batches, prompts, outputs   sequences at a time, tokens of each, tokens generated: every
+                                combination is a cell
+    repeats, warmups            of each cell and contender
+    seed                        of the prompts' tokens
+    python                      that has vLLM, where it is another one
+    """
+
+    batches: tuple[int, ...]
+    prompts: tuple[int, ...]
+    outputs: tuple[int, ...]
+    repeats: int = 5
+    warmups: int = 1
+    seed: int = 0
+    serving: dict[str, Any] = field(default_factory=dict)
+    threads: int | None = None
+    llama: str | None = None
+    python: str | None = None
+
+    @property
+    def cells(self) -> list[tuple[int, int, int]]:
+        return list(product(self.batches, self.prompts, self.outputs))
+
+    @property
+    def options(self) -> Options:
+        context = max(self.prompts) + max(self.outputs)
+        return Options(max(self.batches), context, self.threads, self.serving, self.llama)
+
+
+def measure_latency(
+    contenders: list[Contender], settings: Settings, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """Everything of the report, as JSON has it. Raises what a contender's start does."""
+    checkpoints = [open_checkpoint(contender.path) for contender in contenders]
+    vocabulary = min(_vocabulary(checkpoint) for checkpoint in checkpoints)
+    running: list[Running] = []
+    noise = Noise()
+    try:
+        for contender in contenders:
+            tell(f"loading {contender.name}")
+            python = settings.python if contender.backend == "vllm" else None
+            running.append(Running(contender, settings.options, python))
+        cells: list[dict[str, Any]] = []
+        for sizes in settings.cells:
+            tell("batch {}, prompts of {}, {} tokens each".format(*sizes))
+            cells += _measure_cell(running, sizes, vocabulary, settings, noise)
+        peaks = [one.peaks() for one in running]
+    finally:
+        for one in running:
+            one.close()
+    rows = []
+    for one, checkpoint, (memory, device) in zip(running, checkpoints, peaks, strict=True):
+        rows.append(
+            {
+                "name": one.contender.name,
+                "backend": one.contender.backend,
+                "version": one.version,
+                "kernel": one.kernel,
+                "load_seconds": round(one.load_seconds, 2),
+                "peak_memory_bytes": memory,
+                "peak_device_bytes": device,
+                "fingerprint": _fingerprint(one.contender.path),
+                **_about(checkpoint, one.contender.backend),
+            }
+        )
+    for cell in cells:
+        _add_rates(cell, next(row for row in rows if row["name"] == cell["contender"]))
+    return {
+        "schema": SCHEMA,
+        "machine": describe(),
+        "settings": {
+            "repeats": settings.repeats,
+            "warmups": settings.warmups,
+            "seed": settings.seed,
+            "threads": settings.threads,
+        },
+        "roofs": _roofs(),
+        "noise": {"clean": not noise.reasons(), "reasons": noise.reasons()},
+        "contenders": rows,
+        "cells": cells,
+        "crossovers": crossovers(cells),
+    }
+
+
+def _measure_cell(
+    running: list[Running],
+    sizes: tuple[int, int, int],
+    vocabulary: int,
+    settings: Settings,
+    noise: Noise,
+) -> list[dict[str, Any]]:
+    """A row for each contender, with its raw samples."""
+    batch, prompt, output = sizes
+    runs: dict[int, list[Answers]] = {index: [] for index in range(len(running))}
+    failures: dict[int, str] = {}
+    for repeat in range(-settings.warmups, settings.repeats):
+        dice = random.Random(f"{settings.seed} {sizes} {repeat}")
+        prompts = [dice.choices(range(vocabulary), k=prompt) for _ in range(batch)]
+        for index, one in enumerate(running):
+            if index in failures:
+                continue
+            time.sleep(_PAUSE)
+            noise.begin(one.cpu_seconds())
+            try:
+                answers = one.run(prompts, output if repeat >= 0 else min(output, _WARM_TOKENS))
+            except QexportError as error:
+                failures[index] = str(error)
+                continue
+            noise.end(one.cpu_seconds())
+            if repeat >= 0:
+                runs[index].append(answers)
+    rows = []
+    for index, one in enumerate(running):
+        name = one.contender.name
+        row = {"contender": name, "batch": batch, "prompt": prompt, "output": output}
+        if index in failures:
+            rows.append({**row, "failure": failures[index]})
+            continue
+        noise.spread(f"{name} at batch {batch}", [max(t[-1] for t in r.times) for r in runs[index]])
+        rows.append({**row, **_summary(runs[index], runs.get(0, []))})
+    return rows
+
+
+def _summary(runs: list[Answers], first: list[Answers]) -> dict[str, Any]:
+    """Figures of a cell; `first` is what the first contender answered."""
+    times = [times for answers in runs for times in answers.times]
+    found: dict[str, Any] = {name: percentiles(v) for name, v in request_times(times).items()}
+    rates = [sum(map(len, r.times)) / max(t[-1] for t in r.times) for r in runs]
+    found["tokens_per_second"] = percentiles(rates)
+    pairs = [
+        (ours, theirs)
+        for mine, other in zip(runs, first, strict=False)
+        for ours, theirs in zip(mine.tokens, other.tokens, strict=True)
+    ]
+    same = sum(ours == theirs for ours, theirs in pairs)
+    found["same_answers"] = same / len(pairs) if pairs else None
+    found["samples"] = [
+        {"times": [[round(at, 6) for at in times] for times in answers.times]} for answers in runs
+    ]
+    return found
+
+
+def _add_rates(cell: dict[str, Any], contender: dict[str, Any]) -> None:
+    """Tokens per second of one user, and the bytes a second that steps have read."""
+    if "failure" in cell:
+        return
+    step = cell["tpot"].get("p50")
+    if not step:
+        return
+    cell["tokens_per_second_per_user"] = 1 / step
+    middle = cell["prompt"] + cell["output"] / 2
+    keys = cell["batch"] * middle * contender["cache_bytes_per_token"]
+    cell["step_bytes"] = contender["step_weight_bytes"] + keys
+    cell["achieved_gbps"] = cell["step_bytes"] / step / 1e9
+
+
+def crossovers(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first batch at which the first contender takes more than nine tenths of another's TPOT.
+
+    None where that is at no batch that was measured.
+    """
+    times: dict[tuple[int, int], dict[str, dict[int, float]]] = {}
+    for cell in cells:
+        step = cell.get("tpot", {}).get("p50")
+        if step:
+            group = times.setdefault((cell["prompt"], cell["output"]), {})
+            group.setdefault(cell["contender"], {})[cell["batch"]] = step
+    found = []
+    for (prompt, output), group in times.items():
+        (first, ours), *others = group.items()
+        for name, theirs in others:
+            both = sorted(set(ours) & set(theirs))
+            batch = next((b for b in both if ours[b] >= PAYS * theirs[b]), None)
+            row = {"prompt": prompt, "output": output, "contender": first, "against": name}
+            found.append({**row, "batch": batch})
+    return found
+
+
+def _roofs() -> dict[str, Any]:
+    found = roofs(best_device())
+    return {
+        "device": found.name,
+        "bytes_per_second": found.bandwidth,
+        "operations_per_second": found.flops,
+    }
+
+
+def _vocabulary(checkpoint: Checkpoint) -> int:
+    size = checkpoint.config.get("vocab_size")
+    if not isinstance(size, int) or size < 1:
+        raise InputError(f"{checkpoint.folder} does not say its vocab_size.")
+    return size
+
+
+def _about(checkpoint: Checkpoint, backend: str) -> dict[str, Any]:
+    """What is on the disk, and what of it a step reads."""
+    entries = checkpoint.entries
+    schemes = sorted({str(scheme) for scheme, _ in checkpoint.modules.values()})
+    quantized = [entry for entry in entries.values() if entry.scheme is not None]
+    weights = sum(entry.shape[0] * entry.shape[1] for entry in quantized)
+    stored = sum(entry.stored_bytes for entry in quantized)
+    widened = backend == "transformers"
+    read, multiplied = weights * 2 if widened else stored, weights
+    untied = _HEAD_NAMES[0] in entries
+    for name, entry in entries.items():
+        table = name == _HEAD_NAMES[1] and untied  # of which a step reads a row for each token
+        if entry.scheme is None and not table:
+            read += entry.stored_bytes
+            multiplied += math.prod(entry.shape)
+    config = checkpoint.config
+    heads = config.get("num_key_value_heads") or config.get("num_attention_heads") or 0
+    dim = config.get("head_dim") or config.get("hidden_size", 0) // max(
+        1, config.get("num_attention_heads") or 1
+    )
+    return {
+        "layout": checkpoint.layout,
+        "schemes": schemes,
+        "bits_per_weight": stored * 8 / weights if weights else None,
+        "stored_bytes": sum(entry.stored_bytes for entry in entries.values()),
+        "step_weight_bytes": read,
+        "operations_per_token": 2 * multiplied,
+        "cache_bytes_per_token": 4 * int(config.get("num_hidden_layers") or 0) * heads * dim,
+    }
+
+
+def _fingerprint(path: Path) -> str:
+    """By which two reports know the same model again: sizes, and both ends of every file."""
+    digest = hashlib.sha256()
+    for file in weight_files(path):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as data:
+            digest.update(data.read(_ENDS))
+            data.seek(max(0, size - _ENDS))
+            digest.update(data.read(_ENDS))
+    return digest.hexdigest()[:16]

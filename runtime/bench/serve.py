@@ -1,0 +1,323 @@
+"""A server under load: open loop (so many requests a second) or closed (so many clients).
+
+Any server of OpenAI's protocol. In an open loop requests come whether or not earlier ones are
+done, as users do; in a closed one a client's next request waits for its last one's end.
+"""
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import httpx
+
+from qexport.errors import InputError, QexportError
+from qexport.runtime.bench.machine import describe
+from qexport.runtime.bench.report import Page, Table, machine_facts
+from qexport.runtime.bench.statistics import percentiles, request_times
+from qexport.svg import line_chart
+
+__all__ = ["SCHEMA", "ServeSettings", "measure_serving", "parse_goodput", "serve_page"]
+
+SCHEMA = "qexport.bench.serve/1"
+_METRICS = ("ttft", "tpot", "itl", "e2e")
+_WORDS = (
+    *("river", "stone", "quiet", "seven", "green", "letter", "window", "under", "morning", "paper"),
+    *(
+        "travel",
+        "little",
+        "answer",
+        "music",
+        "winter",
+        "garden",
+        "simple",
+        "number",
+        "early",
+        "door",
+    ),
+)
+_BUSY = 0.5  # of a core, above which the load itself is what is measured
+_KEPT_ERRORS = 5
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """The load.
+
+    levels      requests a second (`open_loop`) or clients: each is measured for itself
+    requests    of each level; words of a prompt, and tokens wanted
+    burstiness  of an open loop: 1 is Poisson's, less comes in bursts, more is even
+    goodput     {metric: milliseconds} that a request has to stay within to count
+    ends        whether the model may end its answer; else it goes on to `output` tokens
+    """
+
+    url: str
+    levels: tuple[float, ...]
+    open_loop: bool
+    requests: int
+    words: int
+    output: int
+    model: str | None = None
+    key: str | None = None
+    burstiness: float = 1.0
+    goodput: dict[str, float] = field(default_factory=dict)
+    ends: bool = False
+    seed: int = 0
+    timeout: float = 600.0
+
+
+@dataclass
+class _Done:
+    """What came of one request: times of events, by the clock since it was to be sent."""
+
+    times: list[float] = field(default_factory=list)
+    prompt_tokens: int = 0
+    tokens: int = 0
+    error: str | None = None
+
+
+def parse_goodput(texts: tuple[str, ...]) -> dict[str, float]:
+    """`ttft:500` as {ttft: 500.0}. Raises InputError."""
+    found = {}
+    for text in texts:
+        name, _, value = text.partition(":")
+        try:
+            limit = float(value)
+        except ValueError:
+            limit = -1.0
+        if name not in _METRICS or not limit > 0:
+            raise InputError(
+                f"--goodput {text}: give {', '.join(_METRICS)}, a colon and milliseconds."
+            )
+        found[name] = limit
+    return found
+
+
+def measure_serving(settings: ServeSettings, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Everything of the report, as JSON has it. Raises QexportError where nobody answers."""
+    return asyncio.run(_measure(settings, tell))
+
+
+async def _measure(settings: ServeSettings, tell: Callable[[str], None]) -> dict[str, Any]:
+    headers = {"Authorization": f"Bearer {settings.key}"} if settings.key else {}
+    bounds = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    async with httpx.AsyncClient(
+        base_url=settings.url.rstrip("/").removesuffix("/v1"),
+        headers=headers,
+        timeout=httpx.Timeout(settings.timeout),
+        limits=bounds,
+        trust_env=False,
+    ) as client:
+        model = settings.model or await _first_model(client)
+        await _ask(client, settings, model, random.Random(-1), time.monotonic())  # warms it up
+        levels, reasons = [], []
+        for level in settings.levels:
+            tell(f"{level:g} {'requests a second' if settings.open_loop else 'clients'}")
+            busy, began = time.process_time(), time.monotonic()
+            done = await (_open if settings.open_loop else _closed)(client, settings, model, level)
+            seconds = time.monotonic() - began
+            share = (time.process_time() - busy) / seconds
+            if share > _BUSY:
+                reasons.append(f"at {level:g} the load itself took {share:.0%} of a core")
+            levels.append({"level": level, "seconds": seconds, **_summary(settings, done, seconds)})
+    return {
+        "schema": SCHEMA,
+        "machine": describe(),
+        "settings": {
+            **{"url": settings.url, "model": model, "open_loop": settings.open_loop},
+            **{"requests": settings.requests, "words": settings.words, "output": settings.output},
+            **{"burstiness": settings.burstiness, "goodput": settings.goodput},
+            **{"ends": settings.ends, "seed": settings.seed},
+        },
+        "noise": {"clean": not reasons, "reasons": reasons},
+        "levels": levels,
+    }
+
+
+async def _first_model(client: httpx.AsyncClient) -> str:
+    try:
+        answer = await client.get("/v1/models")
+        answer.raise_for_status()
+        return str(answer.json()["data"][0]["id"])
+    except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise QexportError(
+            f"{client.base_url} does not list its models ({str(error) or type(error).__name__}); "
+            "is a server there, and does it want --api-key?"
+        ) from error
+
+
+async def _open(
+    client: httpx.AsyncClient, settings: ServeSettings, model: str, rate: float
+) -> list[_Done]:
+    """Gaps of a gamma distribution with mean 1 / rate."""
+    dice = random.Random(f"{settings.seed} {rate}")
+    shape = settings.burstiness
+    begin, at, tasks = time.monotonic(), 0.0, []
+    for number in range(settings.requests):
+        await asyncio.sleep(max(0.0, begin + at - time.monotonic()))
+        asked = random.Random(f"{settings.seed} {rate} {number}")
+        tasks.append(asyncio.create_task(_ask(client, settings, model, asked, begin + at)))
+        at += dice.gammavariate(shape, 1 / (rate * shape))
+    return list(await asyncio.gather(*tasks))
+
+
+async def _closed(
+    client: httpx.AsyncClient, settings: ServeSettings, model: str, clients: float
+) -> list[_Done]:
+    numbers = iter(range(settings.requests))
+    done: list[_Done] = []
+
+    async def one() -> None:
+        for number in numbers:
+            asked = random.Random(f"{settings.seed} {clients} {number}")
+            done.append(await _ask(client, settings, model, asked, time.monotonic()))
+
+    await asyncio.gather(*(one() for _ in range(int(clients))))
+    return done
+
+
+async def _ask(
+    client: httpx.AsyncClient,
+    settings: ServeSettings,
+    model: str,
+    dice: random.Random,
+    due: float,
+) -> _Done:
+    """One streamed completion. Times count from when it was due, not from when it was sent."""
+    body: dict[str, Any] = {
+        **{"model": model, "prompt": " ".join(dice.choices(_WORDS, k=settings.words))},
+        **{"max_tokens": settings.output, "temperature": 0, "stream": True},
+        "stream_options": {"include_usage": True},
+    }
+    if not settings.ends:
+        body["ignore_eos"] = True
+    found = _Done()
+    try:
+        async with client.stream("POST", "/v1/completions", json=body) as answer:
+            if answer.status_code != 200:
+                text = (await answer.aread()).decode(errors="replace")
+                found.error = f"{answer.status_code}: {text[:200]}"
+                return found
+            ended = False
+            async for line in answer.aiter_lines():
+                if not line.startswith("data:"):
+                    continue
+                if line.endswith("[DONE]"):
+                    ended = True
+                    continue
+                _note(found, json.loads(line[5:]), due)
+            if not ended:
+                found.error = "the stream ended before its end"
+    except (httpx.HTTPError, ValueError) as error:
+        found.error = f"{type(error).__name__}: {error}"
+    if found.error is None and not found.times:
+        found.error = "an answer without text"
+    return found
+
+
+def _note(found: _Done, event: dict[str, Any], due: float) -> None:
+    """An event of the stream: text, or the usage at its end."""
+    if "error" in event:
+        found.error = str(event["error"])[:200]
+    usage = event.get("usage")
+    if usage:
+        found.prompt_tokens = usage.get("prompt_tokens", 0)
+        found.tokens = usage.get("completion_tokens", 0)
+    # a token that is half a character comes as no text, and as an event where servers send those
+    if any(choice.get("text") is not None for choice in event.get("choices", ())):
+        found.times.append(time.monotonic() - due)
+
+
+def _summary(settings: ServeSettings, done: list[_Done], seconds: float) -> dict[str, Any]:
+    whole = [one for one in done if one.error is None]
+    errors = [one.error for one in done if one.error is not None]
+    times = request_times([one.times for one in whole])
+    # events may bring several tokens: the mean over tokens is by their number
+    times["tpot"] = [
+        (one.times[-1] - one.times[0]) / (one.tokens - 1) for one in whole if one.tokens > 1
+    ]
+    good = [one for one in whole if _is_good(one, settings.goodput)]
+    tokens = sum(one.tokens for one in whole)
+    return {
+        "whole": len(whole),
+        "failed": len(errors),
+        "errors": errors[:_KEPT_ERRORS],
+        "prompt_tokens": sum(one.prompt_tokens for one in whole),
+        "tokens": tokens,
+        "requests_per_second": len(whole) / seconds,
+        "tokens_per_second": tokens / seconds,
+        "goodput_per_second": len(good) / seconds if settings.goodput else None,
+        "good_share": len(good) / max(1, len(done)) if settings.goodput else None,
+        **{name: percentiles(times[name]) for name in _METRICS},
+        "samples": [
+            {"times": [round(at, 5) for at in one.times], "tokens": one.tokens} for one in whole
+        ],
+    }
+
+
+def _is_good(one: _Done, limits: dict[str, float]) -> bool:
+    took = {"ttft": one.times[0], "e2e": one.times[-1]}
+    took["tpot"] = (one.times[-1] - one.times[0]) / max(1, one.tokens - 1)
+    took["itl"] = max((after - before for before, after in pairwise(one.times)), default=0.0)
+    return all(took[name] * 1e3 <= limit for name, limit in limits.items())
+
+
+_HEADINGS = (
+    *("level", "requests", "failed", "requests/s", "tokens/s", "good/s", "good"),
+    *("TTFT p50 ms", "TTFT p90", "TTFT p99", "TPOT p50 ms", "TPOT p90", "TPOT p99"),
+    *("ITL p50 ms", "ITL p99", "E2E p50 ms", "E2E p99"),
+)
+
+
+def serve_page(result: dict[str, Any]) -> Page:
+    """The page of what `measure_serving` gives."""
+    settings, rows = result["settings"], []
+    shown = {"ttft": (50, 90, 99), "tpot": (50, 90, 99), "itl": (50, 99), "e2e": (50, 99)}
+    for one in result["levels"]:
+        found = [one[name].get(f"p{p}") for name, chosen in shown.items() for p in chosen]
+        times = [None if value is None else value * 1e3 for value in found]
+        counts = [one["level"], one["whole"], one["failed"], one["requests_per_second"]]
+        goods = [one["goodput_per_second"], one["good_share"]]
+        rows.append([*counts, one["tokens_per_second"], *goods, *times])
+    kind = "requests a second, open loop" if settings["open_loop"] else "clients, closed loop"
+    limits = ", ".join(f"{name} {limit:g} ms" for name, limit in settings["goodput"].items())
+    facts = {
+        **machine_facts(result["machine"]),
+        "server": f"{settings['url']}, {settings['model']}",
+        "load": f"levels are {kind}; {settings['requests']} requests each, prompts of "
+        f"{settings['words']} words, {settings['output']} tokens",
+        "good is": limits or "not asked for",
+    }
+    notes = [
+        "TTFT and E2E count from when a request was due, so that a server that falls behind does "
+        "not look fast; TPOT = (last − first) / (tokens − 1), by the server's count of tokens; "
+        "ITL are gaps between events. Good requests keep within all limits, their largest gap "
+        "within that of ITL.",
+        *(f"At {one['level']:g}: {error}" for one in result["levels"] for error in one["errors"]),
+    ]
+    table = Table("Load", _HEADINGS, rows)
+    charts = _charts(result)
+    return Page("Serving", facts, result["noise"]["reasons"], [table], charts, notes)
+
+
+def _charts(result: dict[str, Any]) -> list[str]:
+    levels = [one for one in result["levels"] if one["tpot"].get("p50") and one["tokens"]]
+    if not levels:
+        return []
+    by_level = {
+        f"{name.upper()} {p}": [(one["level"], one[name][p] * 1e3) for one in levels]
+        for name in ("ttft", "tpot")
+        for p in ("p50", "p99")
+    }
+    through = [(one["tpot"]["p50"] * 1e3, one["tokens_per_second"]) for one in levels]
+    unit = "requests a second" if result["settings"]["open_loop"] else "clients"
+    return [
+        line_chart("Latency by load", unit, "ms", by_level),
+        line_chart(
+            "Throughput against latency", "TPOT, ms", "tokens per second", {"server": through}
+        ),
+    ]

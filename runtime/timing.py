@@ -1,0 +1,147 @@
+"""How long a model's steps take on this machine, by running one of its sizes with random weights.
+
+A model that is too large to be made up whole is run with some of its layers, twice: steps grow by
+the same time for each layer more.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from qexport.errors import InputError
+from qexport.grid import Scheme
+from qexport.runtime.device_sampler import Draw
+from qexport.runtime.families import DecoderConfig, decoder_config
+from qexport.runtime.model import Decoder, Span
+from qexport.runtime.plan import Model
+from qexport.runtime.random_model import random_model
+from qexport.runtime.serving import Serving, open_decoder
+
+__all__ = ["Measured", "measure_times"]
+
+_DEEP_BYTES = 256 << 20  # of weights that are made up: more than caches hold
+_SECONDS = 0.25  # for each batch, at least
+_FEWEST, _MOST = 3, 50  # steps of each
+_CHUNK = 256  # prompt tokens in a step, as the scheduler has them
+_LISTS = ("layer_types", "no_rope_layers")  # of config.json, an entry for each layer
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Times of one model by one scheme: {batch: seconds} of a step, and of a prompt alone."""
+
+    steps: dict[int, float]
+    prompt: float
+
+    def decode_seconds(self, batch: int, context: int) -> float:
+        """Between the batches that were measured, on a line; the context is the measured one."""
+        known = sorted(self.steps)
+        if len(known) == 1 or batch <= known[0]:
+            return self.steps[known[0]]
+        low, high = next(
+            (pair for pair in pairwise(known) if batch <= pair[1]), (known[-2], known[-1])
+        )
+        slope = (self.steps[high] - self.steps[low]) / (high - low)
+        return self.steps[low] + slope * (batch - low)
+
+    def prompt_seconds(self, tokens: int) -> float:
+        """The measured prompt's."""
+        return self.prompt
+
+
+def measure_times(
+    config: dict[str, Any],
+    scheme: Scheme | None,
+    batches: Sequence[int],
+    context: int,
+    prompt: int,
+    threads: int | None = None,
+) -> Measured:
+    """Run it. `config` is of config.json; the scheme None is bfloat16.
+
+    Raises InputError where the model has a smaller context.
+    """
+    sizes = decoder_config(config)
+    assert isinstance(sizes, DecoderConfig)
+    if max(context, prompt) > sizes.context:
+        raise InputError(
+            f"the model has a context of {sizes.context}; {max(context, prompt)} is more than that."
+        )
+    stored = len(set(sizes.weights))
+    layer = Model(sizes).linear_bytes(scheme) / stored
+    deep = min(stored, max(4, int(_DEEP_BYTES // layer)))
+    serving = Serving(slots=max(batches), context=max(context, prompt), threads=threads)
+
+    def run(layers: int) -> list[float]:
+        return _run(_shortened(config, layers), scheme, serving, batches, context, prompt)
+
+    times = run(deep)
+    if deep < stored:
+        shallow = max(1, deep // 4)
+        more = (stored - deep) / (deep - shallow)
+        times = [
+            long + (long - short) * more for long, short in zip(times, run(shallow), strict=True)
+        ]
+    *steps, first = times
+    return Measured(dict(zip(batches, steps, strict=True)), first)
+
+
+def _shortened(config: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The same model with its first layers alone."""
+    cut = {name: config[name][:layers] for name in _LISTS if isinstance(config.get(name), list)}
+    return {**config, **cut, "num_hidden_layers": layers}
+
+
+def _run(
+    config: dict[str, Any],
+    scheme: Scheme | None,
+    serving: Serving,
+    batches: Sequence[int],
+    context: int,
+    prompt: int,
+) -> list[float]:
+    """Seconds of a step at each batch, and of the prompt."""
+    sizes = decoder_config(config)
+    assert isinstance(sizes, DecoderConfig)
+    decoder = open_decoder(random_model(config, sizes, scheme), serving)
+    decoder.reserve()
+    times = [_median(partial(_step, decoder, batch, context)) for batch in batches]
+    return [*times, _median(partial(_prompt, decoder, prompt))]
+
+
+def _median(work: Callable[[], None]) -> float:
+    work()  # threads, graphs and caches
+    taken: list[float] = []
+    while len(taken) < _FEWEST or (sum(taken) < _SECONDS and len(taken) < _MOST):
+        begin = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - begin)
+    return statistics.median(taken)
+
+
+def _step(decoder: Decoder, batch: int, context: int) -> None:
+    """One token of each sequence, after context - 1 others."""
+    _forward(decoder, [Span(slot, context - 1, [slot % 7], context) for slot in range(batch)])
+
+
+def _prompt(decoder: Decoder, tokens: int) -> None:
+    """A prompt in chunks, to its first token."""
+    for start in range(0, tokens, _CHUNK):
+        end = min(tokens, start + _CHUNK)
+        span = Span(0, start, [1] * (end - start), tokens, logits=end == tokens)
+        _forward(decoder, [span])
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _forward(decoder: Decoder, spans: list[Span]) -> None:
+    if decoder.draws and all(span.logits for span in spans):
+        decoder.choose(spans, [Draw()] * len(spans))
+    else:
+        decoder.forward(spans).numpy().argmax(-1)
