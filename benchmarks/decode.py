@@ -54,7 +54,7 @@ for _ in range(int(sys.argv[2])):
 """
 
 
-def rounded(source: Checkpoint, grid: str, group: int) -> Checkpoint:
+def rounded(source: Checkpoint, grid: str, group: int | None) -> Checkpoint:
     """A dense checkpoint with its linear layers rounded to a grid, when read."""
     scheme = Scheme(GRIDS[grid], group)
 

@@ -158,10 +158,14 @@ class Scheme:
             )
         return scheme
 
-    def __str__(self) -> str:
+    @property
+    def label(self) -> str:
+        """Grid and groups: `seq2 g64`."""
         group = "per channel" if self.group_size is None else f"g{self.group_size}"
-        scale = dtype_name(self.scale_dtype)
-        return f"{self.grid.name} {group}, {scale} scales"
+        return f"{self.grid.name} {group}"
+
+    def __str__(self) -> str:
+        return f"{self.label}, {dtype_name(self.scale_dtype)} scales"
 
 
 def _valid_group(group: object) -> bool:

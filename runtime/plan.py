@@ -172,7 +172,7 @@ class Roofline:
         """Seconds of arithmetic: `pairs` of a token and one that it looks at."""
         model, hardware = self.model, self.hardware
         as_int8 = self.int8 or (hardware.kind == "cpu" and self.scheme is not None)
-        rate = hardware.int8 if as_int8 else hardware.flops
+        rate = hardware.int8 if as_int8 and hardware.int8 else hardware.flops
         attention = 4 * pairs * model.config.heads * model.config.head_dim * model.config.layers
         head = 2 * (tokens if heads is None else heads) * model.head
         return 2 * tokens * model.computed / rate + (attention + head) / hardware.flops

@@ -27,6 +27,7 @@ rtx5090, rtx4090, rtx3090. CPUs: epyc-9754, epyc-9654, epyc-7763, xeon-8592,
 xeon-8480, ryzen-9950x, ryzen-7950x, core-14900k. Either may be `here`."""
 
 _HERE = "here"
+_ROOFLINE, _MEASURED = "a roofline", "measured with random weights"
 
 
 @click.command(cls=Command, epilog=_EPILOG)
@@ -89,8 +90,9 @@ def command(
     dims.check(scheme)
     here = _HERE in (gpu, cpu)
     batches = batch or ((1, 2, 4, 8, 16, 32) if here else tuple(1 << n for n in range(11)))
-    sides = _measured(fields, scheme, batches, context, prompt) if here else None
-    found = _reckon(dims, scheme, hardware, context, prompt, batches, sides)
+    found = _reckon(dims, scheme, hardware, context, prompt, batches)
+    if here:
+        _add_times(found, _measured(fields, scheme, batches, context, prompt), _MEASURED)
     if advice is not None:
         found["advice"] = vars(advice)
     if plot is not None:
@@ -142,7 +144,7 @@ def _measured(
     from qexport.runtime.timing import measure_times
 
     console = progress_console()
-    sides: dict[str, Scheme | None] = {_short_name(scheme): scheme, "bfloat16": None}
+    sides: dict[str, Scheme | None] = {scheme.label: scheme, "bfloat16": None}
     if best_device().type == "cpu":
         sides["w8a8"] = Scheme(INT8)
     found: dict[str, Times] = {}
@@ -152,10 +154,6 @@ def _measured(
     return found
 
 
-def _short_name(scheme: "Scheme") -> str:
-    return str(scheme).partition(",")[0]
-
-
 def _reckon(
     model: "Model",
     scheme: "Scheme",
@@ -163,20 +161,22 @@ def _reckon(
     context: int,
     prompt: int,
     batches: tuple[int, ...],
-    measured: "dict[str, Times] | None",
 ) -> dict[str, Any]:
+    """Everything that needs no run; times are rooflines."""
+    import qexport.runtime.serving  # noqa: F401  # its libraries are part of the memory
     from qexport.grid import INT8
     from qexport.grid import Scheme as Form
+    from qexport.runtime.bench.machine import process_bytes
     from qexport.runtime.plan import (
         Roofline,
-        crossover,
         file_sizes,
         kernel_rows,
         memory_bytes,
         most_sequences,
     )
 
-    name = _short_name(scheme)
+    runtime = process_bytes() if hardware.kind == "cpu" else 0
+    name = scheme.label
     schemes = {name: scheme, "bfloat16": None, "w8a8": Form(INT8)}
     sides: dict[str, Times] = {
         name: Roofline(model, hardware, scheme),
@@ -184,12 +184,9 @@ def _reckon(
     }
     if hardware.int8:
         sides["w8a8"] = Roofline(model, hardware, Form(INT8), int8=True)
-    sides = measured or sides
-    most = max(batches) if measured else None
-    return {
+    found = {
         "scheme": name,
         "hardware": hardware.name,
-        "times_are": "measured with random weights" if measured else "a roofline",
         "context": context,
         "prompt": prompt,
         "weights": {
@@ -202,24 +199,37 @@ def _reckon(
         "sequences_that_fit": {
             name: most_sequences(model, hardware, schemes[name], context) for name in sides
         },
+        "runtime_bytes": runtime,
         "memory_bytes": {
             name: {
-                batch: round(memory_bytes(model, schemes[name], batch, context))
+                batch: round(runtime + memory_bytes(model, schemes[name], batch, context))
                 for batch in batches
             }
             for name in sides
         },
         "formats": file_sizes(model, scheme),
         "kernels": kernel_rows(model, scheme, hardware),
-        "ttft_seconds": {name: side.prompt_seconds(prompt) for name, side in sides.items()},
-        "tpot_seconds": {
-            name: {batch: side.decode_seconds(batch, context) for batch in batches}
-            for name, side in sides.items()
-        },
-        "weight_only_pays_below": crossover(
-            sides[name], {n: side for n, side in sides.items() if n != name}, context, most
-        ),
+        "batches": batches,
     }
+    _add_times(found, sides, _ROOFLINE)
+    return found
+
+
+def _add_times(found: dict[str, Any], sides: "dict[str, Times]", kind: str) -> None:
+    """Times, what kind they are, and the batches at which they cross."""
+    from qexport.runtime.plan import crossover
+
+    context, batches = found["context"], found["batches"]
+    packed = sides[found["scheme"]]
+    others = {name: side for name, side in sides.items() if side is not packed}
+    most = None if kind == _ROOFLINE else max(batches)
+    found["times_are"] = kind
+    found["ttft_seconds"] = {n: side.prompt_seconds(found["prompt"]) for n, side in sides.items()}
+    found["tpot_seconds"] = {
+        name: {batch: side.decode_seconds(batch, context) for batch in batches}
+        for name, side in sides.items()
+    }
+    found["weight_only_pays_below"] = crossover(packed, others, context, most)
 
 
 def _chart(found: dict[str, Any]) -> str:
@@ -230,7 +240,7 @@ def _chart(found: dict[str, Any]) -> str:
         for name, times in found["tpot_seconds"].items()
     }
     title = f"{found['scheme']} on {found['hardware']}, {found['context']} tokens each"
-    title += ", measured" if found["times_are"].startswith("measured") else ": roofline"
+    title += ", measured" if found["times_are"] == _MEASURED else ": roofline"
     return line_chart(title, "sequences at a time", "milliseconds a step", lines)
 
 
@@ -280,7 +290,7 @@ def _print_advice(advice: dict[str, Any]) -> None:
 def _print_times(found: dict[str, Any]) -> None:
     times, memory = found["tpot_seconds"], found["memory_bytes"]
     names = list(times)
-    what = "ms a step" if found["times_are"].startswith("measured") else "least ms a step"
+    what = "ms a step" if found["times_are"] == _MEASURED else "least ms a step"
     click.echo(f"\n{what + ', and memory':<30}{''.join(f'{name:>24}' for name in names)}")
     for batch in times[names[0]]:
         cells = "".join(

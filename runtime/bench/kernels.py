@@ -62,13 +62,13 @@ def measure_kernels(
     refused: dict[str, str] = {}
     noise = Noise()
     for scheme, shape in product(settings.schemes, settings.shapes):
-        tell(f"{scheme}, {shape[0]} x {shape[1]}")
+        tell(f"{scheme.label}, {shape[0]} x {shape[1]}")
         weight = random_weight(scheme, shape, device)
         contenders = _contenders(weight, refused)
         exact = weight.dequantize().double()
         for batch in settings.batches:
             x = torch.randn(batch, shape[1], device=device)
-            about = {"scheme": str(scheme), "out": shape[0], "in": shape[1], "tokens": batch}
+            about = {"scheme": scheme.label, "out": shape[0], "in": shape[1], "tokens": batch}
             rows += _measure(contenders, x, exact, about, settings.repeats, noise)
     return {
         "schema": SCHEMA,
@@ -107,7 +107,7 @@ def _contenders(weight: QuantizedTensor, refused: dict[str, str]) -> list[_Conte
             continue
         reason = kernel.refuses(scheme, shape, device)
         if reason is not None:
-            refused[f"{name}, {scheme}"] = reason
+            refused[f"{name}, {scheme.label}"] = reason
             continue
         packed = shape[0] * shape[1] * scheme.bits_per_weight(shape[1]) / 8
         linears = [kernel.prepack(weight) for _ in range(_copies(packed))]

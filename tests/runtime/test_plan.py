@@ -6,15 +6,27 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from benchmarks.gpu_decode import LLAMA
 from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.pack import pack
 from qexport.grid import GRIDS, Scheme
+from qexport.runtime import timing
 from qexport.runtime.families import DecoderConfig, decoder_config
 from qexport.runtime.hardware import CPUS, GPUS
-from qexport.runtime.plan import Model, Roofline, crossover, file_sizes, most_sequences
+from qexport.runtime.plan import (
+    Model,
+    Roofline,
+    crossover,
+    file_sizes,
+    kernel_rows,
+    memory_bytes,
+    most_sequences,
+)
+from qexport.runtime.timing import Measured
 from qexport.svg import line_chart
+from qexport.tiny import write_tiny_model
 from tests.conftest import Cli, Runs
 
 SEQ2, INT4 = Scheme(GRIDS["seq2"], 128), Scheme(GRIDS["int4"], 128)
@@ -117,12 +129,75 @@ def test_the_command(tmp_path: Path, cli: Cli) -> None:
     assert "seq2 g128 takes less than nine tenths of bfloat16's time below" in text.stdout
     for wrong, said in (
         (("--gpu", "abacus"), "there is no --gpu abacus"),
+        (("--cpu", "epyc-9654"), "name a device, by --gpu or by --cpu"),
         (("--group-size", "100"), "groups of 100 do not divide"),
         (("--group-size", "0"), "--group-size is positive"),
     ):
         result = cli(*asked, *wrong)
         assert result.returncode == 2
         assert said in result.stderr and "Traceback" not in result.stderr
+
+
+def test_kernels_by_their_own_rules(llama: Model) -> None:
+    """What a device of another kind or age does not run is named; the rest is `refuses`."""
+    found = {row["kernel"]: row["reason"] for row in kernel_rows(llama, SEQ2, H200)}
+    assert found["cuda"] is found["triton"] is found["reference"] is None
+    assert found["cpu"] == "it runs on cpu"
+    old = {row["kernel"]: row["reason"] for row in kernel_rows(llama, SEQ2, GPUS["t4"])}
+    assert old["cuda"] == "it needs compute capability 8.0" and old["triton"] is None
+    odd = Scheme(GRIDS["int3"], 8)
+    cpu = {row["kernel"]: row["reason"] for row in kernel_rows(llama, odd, CPUS["epyc-9654"])}
+    assert cpu["cpu"] == "groups of 8 are no multiple of 32" and cpu["reference"] is None
+    wide = {row["kernel"]: row["reason"] for row in kernel_rows(llama, Scheme(GRIDS["int8"]), H200)}
+    assert wide["cuda"] == "codes of 8 bits are more than 4"
+
+
+def test_memory_is_weights_and_cache(llama: Model) -> None:
+    one = memory_bytes(llama, SEQ2, 1, 1000)
+    assert one == pytest.approx(llama.weight_bytes(SEQ2) + 1000 * 131072, rel=0.01)
+    assert memory_bytes(llama, SEQ2, 9, 1000) - one > 8 * 1000 * 131072
+
+
+def test_times_between_and_beyond_what_was_measured() -> None:
+    found = Measured({1: 1.0, 4: 4.0, 8: 6.0}, 0.5)
+    assert [found.decode_seconds(batch, 0) for batch in (1, 2, 6, 8, 10)] == [1, 2, 5, 6, 7]
+    assert Measured({4: 2.0}, 0.5).decode_seconds(9, 0) == 2.0
+
+
+@pytest.mark.parametrize("layers", [2, 9])
+def test_this_machine_is_measured(cli: Cli, tmp_path: Path, layers: int) -> None:
+    """From a config alone; more layers than are made up take more time."""
+    model = write_tiny_model(tmp_path / "model", num_hidden_layers=layers)
+    (model / "model.safetensors").unlink()
+    asked = ("plan", model, "--bits", "2", "--group-size", "32", "--cpu", "here", "--batch", "1,4")
+    result = cli(*asked, "--context", "64", "--prompt", "32", "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["times_are"] == "measured with random weights"
+    assert set(found["tpot_seconds"]) == {"seq2 g32", "bfloat16", "w8a8"}
+    assert all(0 < times["1"] < 5 for times in found["tpot_seconds"].values())
+    assert found["runtime_bytes"] > 100 << 20
+    assert found["memory_bytes"]["seq2 g32"]["4"] > found["runtime_bytes"]
+    assert cli(*asked, "--context", "1000").returncode == 2
+    assert cli(*asked[:-4], "--gpu", "here").returncode == (2 if torch.cuda.is_available() else 4)
+
+
+def test_times_of_a_shortened_model_are_stretched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of a layers + b milliseconds is that for every number of layers."""
+    monkeypatch.setattr(timing, "_DEEP_BYTES", 1)
+    asked: list[int] = []
+
+    def run(config: dict[str, Any], *_: object) -> list[float]:
+        layers = config["num_hidden_layers"]
+        assert len(config["layer_types"]) == layers
+        asked.append(layers)
+        return [7.0 + 2.0 * layers, 1.0 + layers]
+
+    monkeypatch.setattr(timing, "_run", run)
+    fields = {**LLAMA, "num_hidden_layers": 20, "layer_types": ["full_attention"] * 20}
+    found = timing.measure_times(fields, SEQ2, [1], 16, 16)
+    assert asked == [4, 1]
+    assert found.steps[1] == pytest.approx(47.0) and found.prompt == pytest.approx(21.0)
 
 
 def test_charts_are_whole() -> None:
