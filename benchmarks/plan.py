@@ -36,7 +36,7 @@ SCHEMES: dict[str, Scheme | None] = {
 
 
 def predicted(fields: dict[str, Any], batches: tuple[int, ...]) -> dict[str, Any]:
-    """Of each scheme: {ttft, tpot, memory}."""
+    """Of each scheme: {ttft, step, memory}."""
     sizes = decoder_config(fields)
     assert isinstance(sizes, DecoderConfig)
     base, model = process_bytes(), Model(sizes)
@@ -46,7 +46,7 @@ def predicted(fields: dict[str, Any], batches: tuple[int, ...]) -> dict[str, Any
         times = measure_times(fields, scheme, batches, context, PROMPT)
         found[name] = {
             "ttft": times.prompt_seconds(PROMPT),
-            "tpot": {batch: times.decode_seconds(batch, context) for batch in batches},
+            "step": {batch: times.decode_seconds(batch, context) for batch in batches},
             "memory": base + memory_bytes(model, scheme, max(batches), PROMPT + MADE),
         }
         print(name, "predicted", flush=True)
@@ -66,7 +66,7 @@ def measured(
         about = next(one for one in report["contenders"] if one["name"] == contender.name)
         found[name] = {
             "ttft": cells[0]["ttft"]["p50"],
-            "tpot": {cell["batch"]: cell["tpot"]["p50"] for cell in cells},
+            "step": {cell["batch"]: cell["itl"]["p50"] for cell in cells},
             "memory": about["peak_memory_bytes"],
         }
     return found, report
@@ -101,7 +101,7 @@ def main() -> None:
     ratios = {
         name: {
             "ttft": plan[name]["ttft"] / found[name]["ttft"],
-            "tpot": {b: plan[name]["tpot"][b] / found[name]["tpot"][b] for b in batches},
+            "step": {b: plan[name]["step"][b] / found[name]["step"][b] for b in batches},
             "memory": plan[name]["memory"] / found[name]["memory"],
         }
         for name in SCHEMES
@@ -114,8 +114,8 @@ def main() -> None:
         "measured": found,
         "predicted_over_measured": ratios,
         "weight_only_pays_below": {
-            "predicted": crossovers({name: plan[name]["tpot"] for name in SCHEMES}),
-            "measured": crossovers({name: found[name]["tpot"] for name in SCHEMES}),
+            "predicted": crossovers({name: plan[name]["step"] for name in SCHEMES}),
+            "measured": crossovers({name: found[name]["step"] for name in SCHEMES}),
         },
     }
     print(json.dumps({name: result[name] for name in list(result)[-2:]}, indent=2))

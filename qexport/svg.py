@@ -9,6 +9,7 @@ __all__ = ["line_chart"]
 _WIDTH, _HEIGHT = 760, 420
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 230, 40, 50
 _LONGEST_NAME = 28
+_FEW = 11  # ticks
 _COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
 
 Points = Sequence[tuple[float, float]]
@@ -73,13 +74,20 @@ class _Axis:
         spare = 0.04 * (high - low) or 0.5
         self._low, self._high = low - spare, high + spare
         self._begin, self._end = begin, end
+        self._values = values
 
     def place(self, value: float) -> float:
         share = (math.log10(value) - self._low) / (self._high - self._low)
         return self._begin + share * (self._end - self._begin)
 
     def ticks(self) -> list[tuple[float, float]]:
-        """Powers of ten, with twos and fives between where there is room."""
+        """The values themselves where they are few whole numbers, as batches are.
+
+        Else powers of ten, with twos and fives between where there is room.
+        """
+        distinct = sorted(set(self._values))
+        if len(distinct) <= _FEW and all(float(value).is_integer() for value in distinct):
+            return [(value, self.place(value)) for value in distinct]
         decades = range(math.floor(self._low), math.ceil(self._high) + 1)
         steps = (1, 2, 5) if self._high - self._low < 3 else (1,)
         values = [step * 10.0**decade for decade in decades for step in steps]

@@ -1,6 +1,5 @@
 """`serve --backend vllm`: what vLLM makes of a checkpoint, and its own server as our child."""
 
-import ctypes
 import importlib.metadata
 import importlib.util
 import os
@@ -24,6 +23,7 @@ from qexport.checkpoint import Modules
 from qexport.errors import InputError, QexportError, UnsupportedError
 from qexport.formats import open_checkpoint
 from qexport.formats.card import vllm_reads
+from qexport.runtime.child import end_with_parent
 from qexport.runtime.kernels import choose
 from qexport.runtime.loader import resolve_dtype
 
@@ -160,7 +160,7 @@ def run_vllm(command: list[str], key: str | None, url: str, ready: Callable[[], 
         errors="replace",
         env=environment,
         start_new_session=True,  # its helpers end with it, and Ctrl-C comes from us alone
-        preexec_fn=_end_with_parent,  # noqa: PLW1509  # no threads of ours run yet
+        preexec_fn=end_with_parent,  # noqa: PLW1509  # no threads of ours run yet
     )
     lines: deque[str] = deque(maxlen=_KEPT_LINES)
     reader = threading.Thread(target=_pass_on, args=(process, lines), daemon=True)
@@ -245,9 +245,3 @@ def _signal(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-def _end_with_parent() -> None:
-    """In the child: end when qexport is killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

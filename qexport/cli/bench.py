@@ -91,6 +91,8 @@ def latency(
     _check(folder)
     result = measure_latency(contenders, settings, _tell)
     _report(result, latency_page(result), folder, as_json)
+    failures = {f"{c['contender']}: {c['failure']}" for c in result["cells"] if "failure" in c}
+    _end_with(sorted(failures))
 
 
 _KERNELS = """\b
@@ -195,8 +197,15 @@ def serve(
     result = measure_serving(settings, _tell)
     _report(result, serve_page(result), folder, as_json)
     failed = sum(level["failed"] for level in result["levels"])
-    if failed:
-        progress_console().print(f"{failed} requests failed.", highlight=False)
+    reasons = [error for level in result["levels"] for error in level["errors"]]
+    _end_with([f"{failed} requests failed, the first with {reasons[0]}"] if failed else [])
+
+
+def _end_with(failures: list[str]) -> None:
+    """Exit 1 where something failed; the report has what went well."""
+    for failure in failures:
+        _tell(failure)
+    if failures:
         click.get_current_context().exit(1)
 
 

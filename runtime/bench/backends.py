@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qexport.errors import InputError, QexportError, UnsupportedError
+from qexport.runtime.child import end_with_parent
 from qexport.version import __version__
 
 __all__ = ["Answers", "Backend", "LlamaServer", "Native", "Options", "Transformers"]
@@ -163,7 +164,12 @@ class LlamaServer(Backend):
         if options.threads is not None:
             command += ["-t", str(options.threads)]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the server runs
-        self._process = subprocess.Popen(command, stdout=self._log, stderr=self._log)
+        self._process = subprocess.Popen(
+            command,
+            stdout=self._log,
+            stderr=self._log,
+            preexec_fn=end_with_parent,  # noqa: PLW1509  # no threads of ours run yet
+        )
         self._wait()
         self.kernel, self.version = f"llama.cpp, {_gguf_types(gguf)}", self._build()
 

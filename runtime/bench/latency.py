@@ -26,7 +26,7 @@ from qexport.runtime.bench.statistics import percentiles, request_times
 from qexport.runtime.loader import best_device
 from qexport.runtime.plan import PAYS
 
-__all__ = ["SCHEMA", "Settings", "crossovers", "measure_latency"]
+__all__ = ["SCHEMA", "Settings", "crossovers", "measure_latency", "step_seconds"]
 
 SCHEMA = "qexport.bench.latency/1"
 _PAUSE = 0.1  # for threads of the one before to go to sleep
@@ -184,24 +184,33 @@ def _add_rates(cell: dict[str, Any], contender: dict[str, Any]) -> None:
     """Tokens per second of one user, and the bytes a second that steps have read."""
     if "failure" in cell:
         return
-    step = cell["tpot"].get("p50")
+    step = step_seconds(cell)
     if not step:
         return
-    cell["tokens_per_second_per_user"] = 1 / step
+    cell["tokens_per_second_per_user"] = 1 / cell["tpot"]["p50"]
     middle = cell["prompt"] + cell["output"] / 2
     keys = cell["batch"] * middle * contender["cache_bytes_per_token"]
     cell["step_bytes"] = contender["step_weight_bytes"] + keys
     cell["achieved_gbps"] = cell["step_bytes"] / step / 1e9
 
 
+def step_seconds(cell: dict[str, Any]) -> float | None:
+    """The median gap between tokens: a step of the whole batch, when all prompts have run.
+
+    TPOT has the others' prompts in it, which run beside a sequence's first tokens.
+    """
+    found: float | None = cell.get("itl", {}).get("p50")
+    return found
+
+
 def crossovers(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first batch at which the first contender takes more than nine tenths of another's TPOT.
+    """The first batch at which the first contender takes nine tenths of another's step, or more.
 
     None where that is at no batch that was measured.
     """
     times: dict[tuple[int, int], dict[str, dict[int, float]]] = {}
     for cell in cells:
-        step = cell.get("tpot", {}).get("p50")
+        step = step_seconds(cell)
         if step:
             group = times.setdefault((cell["prompt"], cell["output"]), {})
             group.setdefault(cell["contender"], {})[cell["batch"]] = step

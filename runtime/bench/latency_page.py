@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from qexport.runtime.bench.latency import step_seconds
 from qexport.runtime.bench.report import Page, Table, machine_facts
 from qexport.svg import line_chart
 
@@ -13,8 +14,9 @@ _NOTES = [
     "TPOT = (tn − t1) / (n − 1), E2E = tn. All requests of a batch are sent at once. Tokens/s is "
     "of all of them together, by the last token; per user it is 1 / TPOT.",
     "GB/s: weights, scales, head and the batch's keys and values that a step has to read once, "
-    "over the median TPOT. Transformers multiplies dense weights, two bytes each. Keys and values "
-    "are counted with two bytes a number.",
+    "over the median ITL, which is a step of the whole batch (TPOT has others' prompts in it, "
+    "that run beside a sequence's first tokens). Transformers multiplies dense weights, two bytes "
+    "each. Keys and values are counted with two bytes a number.",
     "Same answers: share of greedy answers equal, token for token, to the first contender's. "
     "Engines that round otherwise part ways in time; random prompts make that early.",
 ]
@@ -87,7 +89,7 @@ def _crossovers(result: dict[str, Any]) -> Table:
         [one["contender"], one["against"], one["prompt"], one["output"], one["batch"] or "none"]
         for one in result["crossovers"]
     ]
-    title = "First batch at which the first contender takes nine tenths of another's TPOT or more"
+    title = "First batch at which the first contender takes nine tenths of another's step or more"
     return Table(title, ("contender", "against", "prompt", "output", "batch"), rows)
 
 
@@ -103,7 +105,7 @@ def _charts(
     result: dict[str, Any], sizes: tuple[int, int], cells: list[dict[str, Any]]
 ) -> list[str]:
     """Latency by batch, throughput by latency, speed beside the first contender's, roofline."""
-    timed = [cell for cell in cells if cell.get("tpot", {}).get("p50")]
+    timed = [cell for cell in cells if step_seconds(cell)]
     if not timed:
         return []
     what = f"prompts of {sizes[0]}, {sizes[1]} tokens"
@@ -120,15 +122,18 @@ def _charts(
         return float(cell["batch"])
 
     def step(cell: dict[str, Any]) -> float:
-        return float(cell["tpot"]["p50"]) * 1e3
+        return float(cell["itl"]["p50"]) * 1e3
 
     charts = [
-        line_chart(f"Latency: {what}", "sequences at a time", "TPOT, ms", lines(batch, step)),
+        line_chart(f"Latency: {what}", "sequences at a time", "ms a step", lines(batch, step)),
         line_chart(
             f"Throughput against latency: {what}",
             "TPOT, ms",
             "tokens per second in all",
-            lines(step, lambda cell: float(cell["tokens_per_second"]["p50"])),
+            lines(
+                lambda cell: float(cell["tpot"]["p50"]) * 1e3,
+                lambda cell: float(cell["tokens_per_second"]["p50"]),
+            ),
         ),
     ]
     speeds = _speeds(lines(batch, step))
@@ -159,7 +164,7 @@ def _roofline(result: dict[str, Any], what: str, cells: list[dict[str, Any]]) ->
     lines: dict[str, list[tuple[float, float]]] = {}
     for cell in cells:
         done = operations[cell["contender"]] * cell["batch"]
-        point = (done / cell["step_bytes"], done / cell["tpot"]["p50"] / 1e9)
+        point = (done / cell["step_bytes"], done / cell["itl"]["p50"] / 1e9)
         lines.setdefault(cell["contender"], []).append(point)
     roofs = result["roofs"]
     read, multiplied = roofs["bytes_per_second"], roofs["operations_per_second"]

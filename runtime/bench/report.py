@@ -30,7 +30,9 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; }
 dt { color: #888; } dd { margin: 0; overflow-wrap: anywhere; }
 .noisy { border-left: 4px solid #d97706; padding: .5rem 1rem; background: #d977061a; }
 .clean { border-left: 4px solid #059669; padding: .5rem 1rem; background: #0596691a; }
-svg { width: 100%; max-width: 52rem; height: auto; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(32rem, 100%), 1fr)); }
+svg { width: 100%; height: auto; }
+td:first-child { white-space: nowrap; }
 """
 
 
@@ -129,7 +131,7 @@ def html(page: Page) -> str:
         f"<h1>{escape(page.title)}</h1>",
         f'<p class="{"noisy" if page.noise else "clean"}">{escape(page.verdict)}</p>',
         f"<dl>{facts}</dl>",
-        *page.charts,
+        f'<div class="charts">{"".join(page.charts)}</div>',
     ]
     for table in page.tables:
         head = "".join(f"<th>{escape(text)}</th>" for text in table.headings)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from qexport.checkpoint import Checkpoint
 from qexport.formats import FORMATS, open_checkpoint
@@ -17,6 +18,7 @@ from qexport.runtime.bench.latency import SCHEMA, crossovers
 from qexport.runtime.bench.noise import Noise
 from qexport.runtime.bench.report import cell
 from qexport.runtime.bench.statistics import percentiles, request_times
+from qexport.tiny import write_tiny_model
 from tests.conftest import Cli, Runs
 
 
@@ -84,7 +86,7 @@ def test_a_busy_machine_is_not_called_quiet() -> None:
 def test_where_another_is_overtaken() -> None:
     def row(name: str, batch: int, step: float) -> dict[str, Any]:
         about = {"contender": name, "batch": batch, "prompt": 8, "output": 4}
-        return {**about, "tpot": {"p50": step}}
+        return {**about, "itl": {"p50": step}}
 
     cells = [row("a", 1, 1.0), row("b", 1, 2.0), row("a", 8, 3.0), row("b", 8, 3.2)]
     cells.append({"contender": "b", "batch": 16, "prompt": 8, "output": 4, "failure": "no"})
@@ -174,3 +176,21 @@ def test_an_engine_that_dies_is_told(packed: Path, cli: Cli, tmp_path: Path) -> 
     result = cli("bench", "latency", packed, "--peer", f"native={broken}", "--batch", "1")
     assert result.returncode == 1 and "native broken" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_contender_that_fails_is_in_the_report(packed: Path, cli: Cli, tmp_path: Path) -> None:
+    """A model that makes NaN loads well, and answers nothing; the other one's figures stay."""
+    broken = write_tiny_model(tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"].fill_(float("nan"))
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    out = tmp_path / "report"
+    result = cli(
+        *("bench", "latency", packed, "--peer", f"native={broken}", "--batch", "1,2"),
+        *("--prompt", "4", "--tokens", "3", "--repeats", "1", "-o", out),
+    )
+    assert result.returncode == 1 and "native broken" in result.stderr
+    assert "Traceback" not in result.stderr
+    cells = json.loads((out / "report.json").read_text())["cells"]
+    assert ["failure" in one for one in cells] == [False, True] * 2
+    assert "native broken failed at batch 1" in (out / "report.md").read_text()
