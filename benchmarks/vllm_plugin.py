@@ -21,6 +21,12 @@ from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.pack import pack
 
 MADE = 64
+# one process: in its own worker vLLM leaves one of the cores to its scheduler
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
 _CODE = """
 import sys, time
 from vllm import LLM, SamplingParams
@@ -47,7 +53,7 @@ def rates(folder: Path, rounds: int) -> dict[str, list[float]]:
         check=False,
         capture_output=True,
         text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2"},
+        env={**os.environ, **ENVIRONMENT},
     )
     found: dict[str, list[float]] = {}
     for line in done.stdout.splitlines():

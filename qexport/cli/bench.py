@@ -22,7 +22,14 @@ _output = click.option(
 )
 
 
-@click.group()
+_EPILOG = """\b
+Examples:
+  qexport bench latency packed --peer transformers=dense -o report
+  qexport bench kernels --bits 2,4
+  qexport bench serve --concurrency 1,8"""
+
+
+@click.group(epilog=_EPILOG)
 def command() -> None:
     """Measure latency of engines side by side, kernels, or a server under load.
 

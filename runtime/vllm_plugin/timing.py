@@ -13,14 +13,18 @@ class VllmEngine(Backend):
     """vLLM's engine, step by step, without a server between."""
 
     def __init__(self, path: Path, options: Options) -> None:
+        # one process: in its own worker vLLM leaves a core to processes that there are none of here
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+        import torch
         import vllm
         from vllm import LLM
 
         from qexport.formats import open_checkpoint
         from qexport.runtime.vllm_server import preflight
 
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
         dtype = options.serving.get("dtype", "auto")
         self._engine = LLM(
             str(path),
