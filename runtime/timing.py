@@ -26,8 +26,9 @@ from qexport.runtime.serving import Serving, open_decoder
 __all__ = ["Measured", "measure_times"]
 
 _DEEP_BYTES = 256 << 20  # of weights that are made up: more than caches hold
-_SECONDS = 0.25  # for each batch, at least
-_FEWEST, _MOST = 3, 50  # steps of each
+_ROUNDS = 3
+_SECONDS = 0.1  # for each batch in a round, at least
+_FEWEST, _MOST = 2, 30  # steps of each
 _CHUNK = 256  # prompt tokens in a step, as the scheduler has them
 _LISTS = ("layer_types", "no_rope_layers")  # of config.json, an entry for each layer
 
@@ -111,11 +112,14 @@ def _run(
     assert isinstance(sizes, DecoderConfig)
     decoder = open_decoder(random_model(config, sizes, scheme), serving)
     decoder.reserve()
-    times = [_median(partial(_step, decoder, batch, context)) for batch in batches]
-    return [*times, _median(partial(_prompt, decoder, prompt))]
+    works = [partial(_step, decoder, batch, context) for batch in batches]
+    works.append(partial(_prompt, decoder, prompt))
+    rounds = [[_typical(work) for work in works] for _ in range(_ROUNDS)]
+    return [statistics.median(taken) for taken in zip(*rounds, strict=True)]
 
 
-def _median(work: Callable[[], None]) -> float:
+def _typical(work: Callable[[], None]) -> float:
+    """The median of some calls. Rounds lie apart, so that what disturbs one spares the others."""
     work()  # threads, graphs and caches
     taken: list[float] = []
     while len(taken) < _FEWEST or (sum(taken) < _SECONDS and len(taken) < _MOST):

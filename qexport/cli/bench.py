@@ -98,7 +98,7 @@ def latency(
     _check(folder)
     result = measure_latency(contenders, settings, _tell)
     _report(result, latency_page(result), folder, as_json)
-    failures = {f"{c['contender']}: {c['failure']}" for c in result["cells"] if "failure" in c}
+    failures = {cell["failure"] for cell in result["cells"] if "failure" in cell}
     _end_with(sorted(failures))
 
 

@@ -209,9 +209,8 @@ class LlamaServer(Backend):
             with urllib.request.urlopen(request, timeout=3600) as answer:
                 for line in answer:
                     if line.startswith(b"data: "):
-                        new = json.loads(line[6:]).get("tokens", [])
-                        found.times[index] += [time.monotonic() - start] * len(new)
-                        found.tokens[index] += new
+                        event = json.loads(line[6:])
+                        _note(found, index, event, time.monotonic() - start)
 
         threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(prompts))]
         for thread in threads:
@@ -235,6 +234,18 @@ class LlamaServer(Backend):
         except subprocess.TimeoutExpired:
             self._process.kill()
         self._log.close()
+
+
+def _note(found: Answers, index: int, event: dict[str, Any], now: float) -> None:
+    """An event of llama-server's stream: the number of tokens so far, and the last one's id.
+
+    Tokens that are parts of a character come without an event, and are not told: -1.
+    """
+    tokens, times = found.tokens[index], found.times[index]
+    new = event.get("tokens", [])
+    missing = max(len(new), event.get("tokens_predicted", 0) - len(times))
+    times += [now] * missing
+    tokens += [*[-1] * (missing - len(new)), *new]
 
 
 def _gguf_types(file: Path) -> str:

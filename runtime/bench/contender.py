@@ -64,6 +64,7 @@ class Running:
         except BaseException:
             self.close()
             raise
+        self.pid = self._process.pid
         self.load_seconds: float = about["load_seconds"]
         self.kernel: str = about["kernel"]
         self.version: str = about["version"]
@@ -74,13 +75,16 @@ class Running:
         return Answers(found["tokens"], found["times"])
 
     def peaks(self) -> tuple[int, int]:
-        """The most bytes held in memory and on a GPU."""
-        found = self._ask({"prompts": None})
+        """The most bytes held in memory and on a GPU; zeros where it has ended before."""
+        try:
+            found = self._ask({"prompts": None})
+        except QexportError:
+            return 0, 0
         return found["peak"], found["device"]
 
     def cpu_seconds(self) -> float:
         """That its processes have run for so far."""
-        return sum(_cpu_seconds(pid) for pid in _family(self._process.pid))
+        return sum(_cpu_seconds(pid) for pid in _family(self.pid))
 
     def _ask(self, value: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None

@@ -95,7 +95,7 @@ def _crossovers(result: dict[str, Any]) -> Table:
 
 def _failures(result: dict[str, Any]) -> list[str]:
     return [
-        f"{cell['contender']} failed at batch {cell['batch']}: {cell['failure']}"
+        f"At batch {cell['batch']}, prompts of {cell['prompt']}: {cell['failure']}"
         for cell in result["cells"]
         if "failure" in cell
     ]

@@ -6,14 +6,13 @@ measured.
 
 import csv
 import io
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
-
-from qexport.output import write_json
 
 __all__ = ["Page", "Table", "cell", "machine_facts", "markdown", "table_text", "write_report"]
 
@@ -149,7 +148,9 @@ def html(page: Page) -> str:
 
 def write_report(folder: Path, result: dict[str, Any], page: Page) -> None:
     """report.json, report.csv (the first table), report.md and report.html in `folder`."""
-    write_json(folder / "report.json", result)
+    # without blanks: most of it is samples
+    whole = json.dumps(result, separators=(",", ":"), ensure_ascii=False) + "\n"
+    (folder / "report.json").write_text(whole, encoding="utf-8")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(page.tables[0].headings)

@@ -54,6 +54,9 @@ def main() -> None:
                 continue
             try:
                 answers = backend.run(asked["prompts"], asked["tokens"])
+            except QexportError as error:
+                _say(said, {"error": str(error)})
+                continue
             except Exception as error:  # told, and the next one may go well
                 _say(said, {"error": f"{type(error).__name__}: {error}"})
                 continue

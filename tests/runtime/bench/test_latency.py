@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -12,8 +14,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qexport.checkpoint import Checkpoint
+from qexport.errors import QexportError
 from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.pack import pack
+from qexport.runtime.bench.backends import Options
+from qexport.runtime.bench.contender import Contender, Running
 from qexport.runtime.bench.latency import SCHEMA, crossovers
 from qexport.runtime.bench.noise import Noise
 from qexport.runtime.bench.report import cell
@@ -178,6 +183,20 @@ def test_an_engine_that_dies_is_told(packed: Path, cli: Cli, tmp_path: Path) -> 
     assert "Traceback" not in result.stderr
 
 
+def test_a_worker_that_is_killed(packed: Path) -> None:
+    """Every batch that it is asked for fails in a sentence, and its memory is not known."""
+    one = Running(Contender("native", packed), Options(1, 16, 1, {}))
+    try:
+        assert [len(times) for times in one.run([[1, 2]], 2).times] == [2]
+        os.kill(one.pid, signal.SIGKILL)
+        for _ in range(2):
+            with pytest.raises(QexportError, match="native packed has ended"):
+                one.run([[1, 2]], 2)
+        assert one.peaks() == (0, 0)
+    finally:
+        one.close()
+
+
 def test_a_contender_that_fails_is_in_the_report(packed: Path, cli: Cli, tmp_path: Path) -> None:
     """A model that makes NaN loads well, and answers nothing; the other one's figures stay."""
     broken = write_tiny_model(tmp_path / "broken")
@@ -193,4 +212,4 @@ def test_a_contender_that_fails_is_in_the_report(packed: Path, cli: Cli, tmp_pat
     assert "Traceback" not in result.stderr
     cells = json.loads((out / "report.json").read_text())["cells"]
     assert ["failure" in one for one in cells] == [False, True] * 2
-    assert "native broken failed at batch 1" in (out / "report.md").read_text()
+    assert "At batch 1, prompts of 4: native broken: " in (out / "report.md").read_text()
