@@ -11,7 +11,6 @@ of text, TPOT that of the others divided by their number; memory is the server's
 import argparse
 import asyncio
 import json
-import os
 import random
 import socket
 import statistics
@@ -31,7 +30,6 @@ from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.base import Options
 from qexport.formats.pack import pack
 
-CORES = ",".join(map(str, sorted(os.sched_getaffinity(0))))
 STREAMS, SLOTS, CONTEXT = 64, 16, 1024
 WORDS = ("quick", "brown", "fox", "jumps", "over", "lazy", "dog", "seven", "wizards", "quietly")
 
@@ -192,10 +190,8 @@ def _memory(pid: int) -> float:
 @contextmanager
 def serving(command: list[str], port: int, log: Path) -> Iterator[int]:
     """A server that answers; its process id."""
-    # left to itself vLLM computes on one of the two cores, and keeps one for its scheduler
-    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": CORES}
     with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+        process = subprocess.Popen(command, stdout=out, stderr=out)
         try:
             for _ in range(600):
                 with socket.socket() as probe:
@@ -243,7 +239,6 @@ def main() -> None:
     """Serve, load, print and record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=180)
-    parser.add_argument("--only", help="the servers whose names have this in them; not recorded")
     options = parser.parse_args()
     from benchmarks.demo import fetch
 
@@ -269,8 +264,6 @@ def main() -> None:
             "vllm bfloat16": [*vllm, "--model", str(fetch()), "--port", "8304"],
         }
         for index, (name, command) in enumerate(servers.items()):
-            if options.only and options.only not in name:
-                continue
             if not Path(command[0]).exists():
                 results[name] = "not installed"
                 continue
@@ -284,8 +277,7 @@ def main() -> None:
                 tally = asyncio.run(load(port, "m", pid, options.seconds, alone))
             results[name] = summary(tally, options.seconds)
             print(name, json.dumps(results[name]), flush=True)
-    if not options.only:
-        record("serve_load", results)
+    record("serve_load", results)
 
 
 if __name__ == "__main__":

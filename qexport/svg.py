@@ -21,10 +21,12 @@ def line_chart(
     y_label: str,
     series: Mapping[str, Points],
     dashed: Collection[str] = (),
+    order: Sequence[str] = (),
 ) -> str:
     """Lines of (x, y) on logarithmic axes; both have to be positive. Raises ValueError for none.
 
     dashed   names of lines that are no measurements, and have no points
+    order    names by which colours are given, so that several charts agree
     """
     points = [point for line in series.values() for point in line]
     if not points or min(min(point) for point in points) <= 0:
@@ -48,8 +50,9 @@ def line_chart(
         f'<text transform="translate(16 {(_TOP + _HEIGHT - _BOTTOM) / 2}) rotate(-90)" '
         f'text-anchor="middle">{escape(y_label)}</text>'
     )
+    known = list(dict.fromkeys([*order, *series]))
     for number, (name, line) in enumerate(series.items()):
-        color = _COLORS[number % len(_COLORS)]
+        color = _COLORS[known.index(name) % len(_COLORS)]
         places = [(x_axis.place(x), y_axis.place(y)) for x, y in line]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         dashes = ' stroke-dasharray="6 4"' if name in dashed else ""

@@ -181,29 +181,38 @@ class Roofline:
 def crossover(
     packed: Times, others: Mapping[str, Times], context: int, most: int | None = None
 ) -> dict[str, int | None]:
-    """The first batch at which weight-only takes nine tenths of bfloat16's, and of W8A8's, time.
+    """The batch from which on weight-only takes nine tenths of bfloat16's, and of W8A8's, time.
 
     None where that is at no batch up to `most`. A last hundredth is gained for long: with many long
     sequences a step waits for their keys and values, whatever the weights are.
     """
     return {
-        name: _first(packed, other, context, most or _LARGEST_BATCH)
+        name: _reckoned(packed, other, context)
+        if most is None
+        else _measured(packed, other, context, most)
         for name, other in others.items()
     }
 
 
-def _first(packed: Times, other: Times, context: int, most: int) -> int | None:
-    low, high = 0, most  # ahead at low, or nowhere; not at high
+def _ahead(packed: Times, other: Times, context: int, batch: int) -> bool:
+    return packed.decode_seconds(batch, context) < PAYS * other.decode_seconds(batch, context)
 
-    def ahead(batch: int) -> bool:
-        return packed.decode_seconds(batch, context) < PAYS * other.decode_seconds(batch, context)
 
-    if ahead(high):
+def _reckoned(packed: Times, other: Times, context: int) -> int | None:
+    """Rooflines cross once."""
+    low, high = 0, _LARGEST_BATCH  # ahead at low, or nowhere; not at high
+    if _ahead(packed, other, context, high):
         return None
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if ahead(middle) else (low, middle)
+        low, high = (middle, high) if _ahead(packed, other, context, middle) else (low, middle)
     return high
+
+
+def _measured(packed: Times, other: Times, context: int, most: int) -> int | None:
+    """Measurements may cross again and again, and the last time counts."""
+    last = next((b for b in range(most, 0, -1) if _ahead(packed, other, context, b)), 0)
+    return None if last == most else last + 1
 
 
 def kernel_rows(model: Model, scheme: Scheme, hardware: Hardware) -> list[dict[str, Any]]:

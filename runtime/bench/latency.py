@@ -204,9 +204,9 @@ def step_seconds(cell: dict[str, Any]) -> float | None:
 
 
 def crossovers(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first batch at which the first contender takes nine tenths of another's step, or more.
+    """The batch from which on the first contender takes nine tenths of another's step, or more.
 
-    None where that is at no batch that was measured.
+    None where it is ahead at the largest batch that was measured.
     """
     times: dict[tuple[int, int], dict[str, dict[int, float]]] = {}
     for cell in cells:
@@ -219,7 +219,8 @@ def crossovers(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
         (first, ours), *others = group.items()
         for name, theirs in others:
             both = sorted(set(ours) & set(theirs))
-            batch = next((b for b in both if ours[b] >= PAYS * theirs[b]), None)
+            ahead = [batch for batch in both if ours[batch] < PAYS * theirs[batch]]
+            batch = next((b for b in both if not ahead or b > ahead[-1]), None)
             row = {"prompt": prompt, "output": output, "contender": first, "against": name}
             found.append({**row, "batch": batch})
     return found

@@ -89,7 +89,7 @@ def _crossovers(result: dict[str, Any]) -> Table:
         [one["contender"], one["against"], one["prompt"], one["output"], one["batch"] or "none"]
         for one in result["crossovers"]
     ]
-    title = "First batch at which the first contender takes nine tenths of another's step or more"
+    title = "Batch from which on the first contender takes nine tenths of another's step or more"
     return Table(title, ("contender", "against", "prompt", "output", "batch"), rows)
 
 
@@ -146,6 +146,7 @@ def _charts(
                 "times faster than",
                 {**speeds, "equally fast": even},
                 dashed={"equally fast"},
+                order=[one["name"] for one in result["contenders"]],
             )
         )
     return [*charts, _roofline(result, what, timed)]

@@ -106,6 +106,16 @@ def test_where_weight_only_stops_paying(llama: Model) -> None:
     assert packed.decode_seconds(2 * batch, 1) == dense.decode_seconds(2 * batch, 1)
 
 
+def test_measured_times_may_cross_more_than_once() -> None:
+    """What counts is from where on packed weights are not ahead any more."""
+    packed = Measured({1: 1.0, 2: 1.0, 4: 1.0, 8: 2.0}, 0.0)
+    other = Measured({1: 2.0, 2: 1.0, 4: 2.0, 8: 2.0}, 0.0)
+    assert crossover(packed, {"other": other}, 0, most=4) == {"other": None}
+    found = crossover(packed, {"other": other}, 0, most=8)["other"]
+    assert found is not None and 5 < found <= 8
+    assert crossover(other, {"other": packed}, 0, most=8) == {"other": 1}
+
+
 def test_what_fits(llama: Model) -> None:
     assert most_sequences(llama, GPUS["t4"], None, 4096) == 0
     room = [most_sequences(llama, GPUS["t4"], scheme, 4096) or 0 for scheme in (None, INT4, SEQ2)]
