@@ -22,6 +22,7 @@ with warnings.catch_warnings():  # what other packages warn of while they are im
 
 from qexport.tiny import write_tiny_model
 from qexport.train import TrainConfig, train
+from tests.forked_cli import call
 
 WIDTHS = ("1", "1.58", "2", "3", "4")
 
@@ -78,6 +79,9 @@ class Cli:
         cwd: Path | None = None,
         stdin: str | None = None,
     ) -> subprocess.CompletedProcess[str]:
+        """With an environment of its own, which libraries read as they are imported, from anew."""
+        if env is None:
+            return call(list(map(str, arguments)), cwd, stdin)
         return subprocess.run(
             [sys.executable, "-m", "qexport", *map(str, arguments)],
             input=stdin,
@@ -86,7 +90,7 @@ class Cli:
             timeout=300,
             check=False,
             cwd=cwd,
-            env={**os.environ, **(env or {})},
+            env={**os.environ, **env},
         )
 
 
