@@ -182,7 +182,7 @@ def _reckon(
         name: Roofline(model, hardware, scheme),
         "bfloat16": Roofline(model, hardware, None),
     }
-    if hardware.int8:
+    if hardware.int8 or hardware.kind == "cpu":
         sides["w8a8"] = Roofline(model, hardware, Form(INT8), int8=True)
     found = {
         "scheme": name,

@@ -1,5 +1,6 @@
 """A contender of a benchmark: an engine and a checkpoint, in a worker process of its own."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -116,7 +117,8 @@ class Running:
         """End the worker."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                pipe.close()
+                with contextlib.suppress(BrokenPipeError):  # it has ended before it read all
+                    pipe.close()
         try:
             self._process.wait(_EXIT_SECONDS)
         except subprocess.TimeoutExpired:
