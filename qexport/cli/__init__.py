@@ -18,7 +18,7 @@ COMMANDS = {
     "pack": "Write a RUN in a format that engines read, and verify it.",
     "verify": "Prove that a packed checkpoint is, bit for bit, its source.",
     "formats": "Show how every format holds every grid, and at how many bits.",
-    "plan": "Reckon sizes, memory, engines and least times of a model on a GPU.",
+    "plan": "Reckon sizes, memory, engines and times of a model on a GPU or CPU.",
     "inspect": "Show schemes, bits per weight and sizes of any checkpoint.",
     "eval": "Measure perplexity, and divergence from a reference.",
     "generate": "Continue a prompt.",
