@@ -164,7 +164,13 @@ Examples:
 @click.option("--goodput", multiple=True, metavar="METRIC:MS", help="ttft, tpot, itl or e2e.")
 @click.option("--ends", is_flag=True, help="The model may end its answers (no ignore_eos).")
 @click.option("--seed", default=0, show_default=True, help="Of prompts and arrivals.")
-@click.option("--timeout", default=600.0, show_default=True, type=click.FloatRange(1, 86400))
+@click.option(
+    "--timeout",
+    default=600.0,
+    show_default=True,
+    type=click.FloatRange(0.1, 86400),
+    help="Seconds of a whole request.",
+)
 @_output
 @json_option
 def serve(
@@ -181,6 +187,7 @@ def serve(
     """Load a server of OpenAI's protocol, and say what its users would see."""
     from qexport.runtime.bench.serve import (
         ServeSettings,
+        check_address,
         measure_serving,
         parse_goodput,
         serve_page,
@@ -188,8 +195,7 @@ def serve(
 
     if (concurrency is None) == (rate is None):
         raise InputError("give either --concurrency or --rate.")
-    if not url.startswith(("http://", "https://")):
-        raise InputError(f"--url {url} does not begin with http:// or https://.")
+    check_address(url, key)
     settings = ServeSettings(
         url=url,
         levels=tuple(map(float, rate or concurrency or ())),
@@ -243,8 +249,8 @@ def _report(result: dict[str, Any], page: "Page", folder: Path | None, as_json: 
         with atomic_folder(folder, "report") as made:
             write_report(made, result, page)
             mark(made, "report")
+    _tell(page.verdict)
     if as_json:
         print_json(result)
     else:
         click.echo("\n\n".join(table_text(table) for table in page.tables if table.rows))
-    _tell(page.verdict)

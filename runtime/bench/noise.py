@@ -9,6 +9,7 @@ __all__ = ["Noise"]
 
 _OTHERS = 0.05  # of the machine's time, that other processes may take
 _STOLEN = 0.02  # of it, that a hypervisor may
+_FEWEST = 4  # repeats that say something
 _SPREAD = 0.10  # of a median, between quartiles
 
 
@@ -36,7 +37,7 @@ class Noise:
     def spread(self, what: str, values: list[float]) -> None:
         """Take note of repeats of one thing."""
         ordered = sorted(values)
-        if len(ordered) >= 4:
+        if len(ordered) >= _FEWEST:
             low, high = ordered[len(ordered) // 4], ordered[-1 - len(ordered) // 4]
             self.spreads[what] = (high - low) / ordered[len(ordered) // 2]
 
@@ -53,6 +54,8 @@ class Noise:
             ):
                 if share > most:
                     found.append(f"{who} took {share:.0%} of the machine")
+        if not self.spreads:
+            found.append(f"fewer than {_FEWEST} repeats are too few to tell")
         wide = {what: share for what, share in self.spreads.items() if share > _SPREAD}
         if wide:
             worst = max(wide, key=lambda what: wide[what])

@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -107,17 +108,21 @@ def table_text(table: Table) -> str:
 
 def markdown(page: Page) -> str:
     """The page without its charts."""
-    parts = [f"# {page.title}", page.verdict]
-    parts.append("\n".join(f"- {name}: {value}" for name, value in page.facts.items()))
+    parts = [f"# {page.title}", _plain(page.verdict)]
+    parts.append("\n".join(f"- {name}: {_plain(value)}" for name, value in page.facts.items()))
     for table in page.tables:
         parts.append(f"## {table.title}")
         lines = [" | ".join(table.headings), " | ".join(["---"] * len(table.headings))]
-        lines += [
-            " | ".join(cell(value).replace("|", "\\|") for value in row) for row in table.rows
-        ]
+        lines += [" | ".join(_plain(cell(value)) for value in row) for row in table.rows]
         parts.append("\n".join(f"| {line} |" for line in lines))
-    parts += page.notes
+    parts += map(_plain, page.notes)
     return "\n\n".join(parts) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Text that a server or a folder may have made up, without any meaning to Markdown or HTML."""
+    flat = escape(" ".join(text.split()), quote=False)
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", flat)
 
 
 def html(page: Page) -> str:
@@ -153,8 +158,8 @@ def write_report(folder: Path, result: dict[str, Any], page: Page) -> None:
     (folder / "report.json").write_text(whole, encoding="utf-8")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(page.tables[0].headings)
-    writer.writerows(page.tables[0].rows)
+    writer.writerow([*page.tables[0].headings, "clean"])
+    writer.writerows([*row, not page.noise] for row in page.tables[0].rows)
     (folder / "report.csv").write_text(text.getvalue(), encoding="utf-8")
     (folder / "report.md").write_text(markdown(page), encoding="utf-8")
     (folder / "report.html").write_text(html(page), encoding="utf-8")

@@ -21,7 +21,14 @@ from qexport.runtime.bench.report import Page, Table, machine_facts
 from qexport.runtime.bench.statistics import percentiles, request_times
 from qexport.svg import line_chart
 
-__all__ = ["SCHEMA", "ServeSettings", "measure_serving", "parse_goodput", "serve_page"]
+__all__ = [
+    "SCHEMA",
+    "ServeSettings",
+    "check_address",
+    "measure_serving",
+    "parse_goodput",
+    "serve_page",
+]
 
 SCHEMA = "qexport.bench.serve/1"
 _METRICS = ("ttft", "tpot", "itl", "e2e")
@@ -42,6 +49,10 @@ _WORDS = (
 )
 _BUSY = 0.5  # of a core, above which the load itself is what is measured
 _KEPT_ERRORS = 5
+_LONGEST_REASON = 200  # characters
+_FEWEST = 4  # requests, to tell anything by
+# what reading JSON of another shape raises
+_MALFORMED = (ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,7 @@ class ServeSettings:
     burstiness  of an open loop: 1 is Poisson's, less comes in bursts, more is even
     goodput     {metric: milliseconds} that a request has to stay within to count
     ends        whether the model may end its answer; else it goes on to `output` tokens
+    timeout     seconds of a whole request
     """
 
     url: str
@@ -76,7 +88,7 @@ class _Done:
 
     times: list[float] = field(default_factory=list)
     prompt_tokens: int = 0
-    tokens: int = 0
+    tokens: int | None = None  # None: the server does not say
     error: str | None = None
 
 
@@ -95,6 +107,20 @@ def parse_goodput(texts: tuple[str, ...]) -> dict[str, float]:
             )
         found[name] = limit
     return found
+
+
+def check_address(url: str, key: str | None) -> None:
+    """Raise InputError for an address or a key that no request can be made with."""
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise InputError(f"--url {url} is none ({error}).") from error
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise InputError(f"--url {url} does not begin with http:// or https:// and a host.")
+    if parsed.userinfo:
+        raise InputError("--url has a password in it, which reports would show; use --api-key.")
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise InputError("--api-key has characters that a header cannot hold.")
 
 
 def measure_serving(settings: ServeSettings, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -123,7 +149,12 @@ async def _measure(settings: ServeSettings, tell: Callable[[str], None]) -> dict
             share = (time.process_time() - busy) / seconds
             if share > _BUSY:
                 reasons.append(f"at {level:g} the load itself took {share:.0%} of a core")
-            levels.append({"level": level, "seconds": seconds, **_summary(settings, done, seconds)})
+            found = _summary(settings, done, seconds)
+            if found["failed"]:
+                reasons.append(f"at {level:g} {found['failed']} of {len(done)} requests failed")
+            levels.append({"level": level, "seconds": seconds, **found})
+        if settings.requests < _FEWEST:
+            reasons.append(f"{settings.requests} requests are too few to tell")
     return {
         "schema": SCHEMA,
         "machine": describe(),
@@ -197,55 +228,91 @@ async def _ask(
         body["ignore_eos"] = True
     found = _Done()
     try:
-        async with client.stream("POST", "/v1/completions", json=body) as answer:
-            if answer.status_code != 200:
-                text = (await answer.aread()).decode(errors="replace")
-                found.error = f"{answer.status_code}: {text[:200]}"
-                return found
-            ended = False
-            async for line in answer.aiter_lines():
-                if not line.startswith("data:"):
-                    continue
-                if line.endswith("[DONE]"):
-                    ended = True
-                    continue
-                _note(found, json.loads(line[5:]), due)
-            if not ended:
-                found.error = "the stream ended before its end"
-    except (httpx.HTTPError, ValueError) as error:
-        found.error = f"{type(error).__name__}: {error}"
-    if found.error is None and not found.times:
-        found.error = "an answer without text"
+        await asyncio.wait_for(_stream(client, body, found, due), settings.timeout)
+    except asyncio.TimeoutError:
+        found.error = f"no whole answer within {settings.timeout:g} seconds"
+    except httpx.HTTPError as error:
+        found.error = found.error or f"{type(error).__name__}: {error}".rstrip(": ")
+    if found.error is None:
+        found.error = _fault(found, settings)
     return found
 
 
-def _note(found: _Done, event: dict[str, Any], due: float) -> None:
-    """An event of the stream: text, or the usage at its end."""
+async def _stream(
+    client: httpx.AsyncClient, body: dict[str, Any], found: _Done, due: float
+) -> None:
+    """Send a request, and take note of its events."""
+    async with client.stream("POST", "/v1/completions", json=body) as answer:
+        if answer.status_code != 200:
+            text = (await answer.aread()).decode(errors="replace")
+            found.error = f"{answer.status_code}: {_one_line(text)}"
+            return
+        ended = events = False
+        async for line in answer.aiter_lines():
+            if not line.startswith("data:"):
+                continue
+            events = True
+            if line.endswith("[DONE]"):
+                ended = True
+                continue
+            try:
+                _note(found, json.loads(line[5:]), time.monotonic() - due)
+            except _MALFORMED:
+                found.error = f"an event that is none of a completion: {_one_line(line)}"
+        if found.error is None and not ended:
+            kind = answer.headers.get("content-type", "nothing")
+            found.error = (
+                "the stream ended before its end" if events else f"no events came, but {kind}"
+            )
+
+
+def _note(found: _Done, event: dict[str, Any], now: float) -> None:
+    """An event of the stream: text, or the usage at its end. Raises what a malformed one does."""
     if "error" in event:
-        found.error = str(event["error"])[:200]
+        found.error = _one_line(str(event["error"]))
+        return
     usage = event.get("usage")
     if usage:
-        found.prompt_tokens = usage.get("prompt_tokens", 0)
-        found.tokens = usage.get("completion_tokens", 0)
-    # a token that is half a character comes as no text, and as an event where servers send those
-    if any(choice.get("text") is not None for choice in event.get("choices", ())):
-        found.times.append(time.monotonic() - due)
+        found.prompt_tokens = int(usage["prompt_tokens"])
+        found.tokens = int(usage["completion_tokens"])
+    for choice in event.get("choices", []):
+        # half a character is a token without text; an end without text is no token
+        if choice["text"] or choice.get("finish_reason") is None:
+            found.times.append(now)
+
+
+def _fault(found: _Done, settings: ServeSettings) -> str | None:
+    """What is wrong with an answer that came to its end."""
+    if not found.times:
+        return "an answer without text"
+    if found.tokens is None:
+        return None
+    # one event more than tokens: some servers begin with an empty one
+    if not max(1, len(found.times) - 1) <= found.tokens <= settings.output:
+        return (
+            f"its usage says {found.tokens} tokens, of {settings.output} asked for and "
+            f"{len(found.times)} events"
+        )
+    if found.tokens < settings.output and not settings.ends:
+        return f"{found.tokens} tokens of {settings.output}; --ends lets answers be shorter"
+    return None
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:_LONGEST_REASON]
 
 
 def _summary(settings: ServeSettings, done: list[_Done], seconds: float) -> dict[str, Any]:
     whole = [one for one in done if one.error is None]
     errors = [one.error for one in done if one.error is not None]
     times = request_times([one.times for one in whole])
-    # events may bring several tokens: the mean over tokens is by their number
-    times["tpot"] = [
-        (one.times[-1] - one.times[0]) / (one.tokens - 1) for one in whole if one.tokens > 1
-    ]
+    times["tpot"] = [found for one in whole if (found := _tpot(one)) is not None]
     good = [one for one in whole if _is_good(one, settings.goodput)]
-    tokens = sum(one.tokens for one in whole)
+    tokens = sum(_tokens(one) for one in whole)
     return {
         "whole": len(whole),
         "failed": len(errors),
-        "errors": errors[:_KEPT_ERRORS],
+        "errors": list(dict.fromkeys(errors))[:_KEPT_ERRORS],
         "prompt_tokens": sum(one.prompt_tokens for one in whole),
         "tokens": tokens,
         "requests_per_second": len(whole) / seconds,
@@ -254,15 +321,29 @@ def _summary(settings: ServeSettings, done: list[_Done], seconds: float) -> dict
         "good_share": len(good) / max(1, len(done)) if settings.goodput else None,
         **{name: percentiles(times[name]) for name in _METRICS},
         "samples": [
-            {"times": [round(at, 5) for at in one.times], "tokens": one.tokens} for one in whole
+            {"times": [round(at, 5) for at in one.times], "tokens": _tokens(one)} for one in whole
         ],
     }
 
 
+def _tokens(one: _Done) -> int:
+    """By the server's count, or as many as there were events."""
+    return len(one.times) if one.tokens is None else one.tokens
+
+
+def _tpot(one: _Done) -> float | None:
+    """Events may bring several tokens: their mean is by the number of tokens."""
+    tokens = _tokens(one)
+    return (one.times[-1] - one.times[0]) / (tokens - 1) if tokens > 1 else None
+
+
 def _is_good(one: _Done, limits: dict[str, float]) -> bool:
-    took = {"ttft": one.times[0], "e2e": one.times[-1]}
-    took["tpot"] = (one.times[-1] - one.times[0]) / max(1, one.tokens - 1)
-    took["itl"] = max((after - before for before, after in pairwise(one.times)), default=0.0)
+    took = {
+        "ttft": one.times[0],
+        "tpot": _tpot(one) or 0.0,
+        "itl": max((after - before for before, after in pairwise(one.times)), default=0.0),
+        "e2e": one.times[-1],
+    }
     return all(took[name] * 1e3 <= limit for name, limit in limits.items())
 
 
@@ -294,7 +375,8 @@ def serve_page(result: dict[str, Any]) -> Page:
     }
     notes = [
         "TTFT and E2E count from when a request was due, so that a server that falls behind does "
-        "not look fast; TPOT = (last − first) / (tokens − 1), by the server's count of tokens; "
+        "not look fast; TPOT = (last − first) / (tokens − 1), by the server's count of tokens, or "
+        "by that of events where it sends none; an end without text is no token; "
         "ITL are gaps between events. Good requests keep within all limits, their largest gap "
         "within that of ITL.",
         *(f"At {one['level']:g}: {error}" for one in result["levels"] for error in one["errors"]),

@@ -1,8 +1,10 @@
 """`qexport bench serve` against our own server."""
 
+import contextlib
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,29 +71,123 @@ def test_failures_are_counted_and_told(cli: Cli, server: Server) -> None:
     assert level["errors"][0].startswith("429: ")
 
 
-def test_a_server_that_stops_halfway(cli: Cli) -> None:
-    """Its answers are failures, not fast ones."""
+EVENTS = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+TOKEN = 'data: {"choices": [{"text": "a", "finish_reason": null}]}\n\n'
+END = 'data: {"choices": [{"text": "", "finish_reason": "length"}]}\n\n'
+DONE = "data: [DONE]\n\n"
+
+
+MODEL = ("--model", "m")
+
+
+def read_request(connection: socket.socket) -> None:
+    """All of it: what is left unread when a socket is closed resets it."""
+    with connection.makefile("rb") as file:
+        length = 0
+        while (line := file.readline()).strip():
+            name, _, value = line.partition(b":")
+            length = int(value) if name.lower() == b"content-length" else length
+        file.read(length)
+
+
+def usage(tokens: object) -> str:
+    body = {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": tokens}}
+    return f"data: {json.dumps(body)}\n\n"
+
+
+def against(cli: Cli, answer: str, *arguments: object, pause: float = 0.0) -> dict[str, Any]:
+    """Two requests of four tokens to a server that answers them so; and what is said of it."""
     listener = socket.create_server(("127.0.0.1", 0))
-    body = b'data: {"choices": [{"text": "a"}]}\n\n'
-    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
 
-    def answer() -> None:
-        for _ in range(4):
-            connection, _ = listener.accept()
-            connection.recv(1 << 16)
-            connection.sendall(head + body)
-            connection.close()
+    def serve() -> None:
+        with contextlib.suppress(OSError):  # the test has closed it
+            while True:
+                connection, _ = listener.accept()
+                threading.Thread(target=reply, args=(connection,), daemon=True).start()
 
-    thread = threading.Thread(target=answer, daemon=True)
-    thread.start()
+    def reply(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):  # the client has left
+            read_request(connection)
+            for part in answer.split("\n\n") if pause else (answer,):
+                connection.sendall((part + "\n\n" * bool(pause)).encode())
+                time.sleep(pause)
+
+    threading.Thread(target=serve, daemon=True).start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    asked = ("--model", "m", "--concurrency", "1", "--requests", "3", "--json")
-    result = cli("bench", "serve", "--url", url, *asked)
+    asked = ("--url", url, "--concurrency", "1", "--requests", "2", "--tokens", "4", "--json")
+    result = cli("bench", "serve", *asked, *([] if "--model" in arguments else MODEL), *arguments)
     listener.close()
-    assert result.returncode == 1
-    (level,) = json.loads(result.stdout)["levels"]
-    assert (level["whole"], level["failed"]) == (0, 3)
-    assert "ended before its end" in level["errors"][0]
+    assert "Traceback" not in result.stderr, result.stderr
+    found: dict[str, Any] = json.loads(result.stdout)
+    (level,) = found["levels"]
+    assert result.returncode == (1 if level["failed"] else 0)
+    assert "noisy" in result.stderr.lower()  # two requests tell nothing
+    return {**level, "reasons": found["noise"]["reasons"]}
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (EVENTS + TOKEN, "ended before its end"),
+        (EVENTS + "data: [1]\n\n", "none of a completion: data: [1]"),
+        (EVENTS + "data: null\n\n", "none of a completion"),
+        (EVENTS + "data: 5\n\n" + DONE, "none of a completion"),
+        (EVENTS + 'data: {"choices": null}\n\n' + DONE, "none of a completion"),
+        (EVENTS + "data: {oops\n\n" + DONE, "none of a completion"),
+        (EVENTS + TOKEN * 4 + usage(float("inf")) + DONE, "none of a completion"),
+        (EVENTS + 'data: {"error": {"message": "out of\\nmemory"}}\n\n', "out of"),
+        (EVENTS + END + DONE, "an answer without text"),
+        (EVENTS + TOKEN * 4 + usage(400) + DONE, "usage says 400 tokens, of 4 asked for"),
+        (EVENTS + TOKEN * 4 + usage(-4) + DONE, "usage says -4 tokens"),
+        (EVENTS + TOKEN * 4 + usage(1) + DONE, "usage says 1 tokens, of 4 asked for and 4 events"),
+        (EVENTS + TOKEN * 2 + usage(2) + DONE, "2 tokens of 4; --ends"),
+        (
+            "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n{}",
+            "no events came, but application/json",
+        ),
+        ("HTTP/1.1 503 Busy\r\nContent-Length: 4\r\n\r\na\n\nb", "503: a b"),
+        ("nonsense\r\n\r\n", "RemoteProtocolError"),
+    ],
+)
+def test_answers_that_are_none(cli: Cli, answer: str, said: str) -> None:
+    """They are failures, not fast answers; the reason is told in a line."""
+    level = against(cli, answer)
+    assert (level["whole"], level["failed"]) == (0, 2)
+    assert said in level["errors"][0] and "\n" not in level["errors"][0]
+    assert any("2 of 2 requests failed" in reason for reason in level["reasons"])
+
+
+def test_what_counts_as_a_token(cli: Cli) -> None:
+    """The server's number, or that of events; an end without text is none, a silence is."""
+    level = against(cli, EVENTS + TOKEN * 4 + END + usage(4) + DONE)
+    assert (level["whole"], level["tokens"]) == (2, 8)
+    assert len(level["samples"][0]["times"]) == 4
+    level = against(cli, EVENTS + TOKEN * 3 + DONE)  # without usage
+    assert (level["whole"], level["tokens"]) == (2, 6)
+    level = against(cli, EVENTS + TOKEN * 2 + usage(2) + DONE, "--ends")
+    assert (level["whole"], level["tokens"]) == (2, 4)
+    half = TOKEN.replace('"a"', '""')
+    level = against(cli, EVENTS + (half + TOKEN) * 2 + usage(4) + DONE)
+    assert len(level["samples"][0]["times"]) == 4
+
+
+def test_a_timeout_is_of_the_whole_request(cli: Cli) -> None:
+    """However often something comes."""
+    level = against(cli, EVENTS + TOKEN * 100 + DONE, "--timeout", "0.5", pause=0.1)
+    assert (level["whole"], level["failed"]) == (0, 2)
+    assert level["errors"] == ["no whole answer within 0.5 seconds"]
+
+
+def test_a_report_shows_names_as_they_are(cli: Cli, tmp_path: Path) -> None:
+    """A server's words mean nothing to Markdown or HTML."""
+    name = "<img src=x>|[a](b)`"
+    error = EVENTS + 'data: {"error": "**<b>|x"}\n\n'
+    against(cli, error, "--model", name, "-o", tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "<img" not in text and "<b>" not in text
+    assert "&lt;img src=x&gt;\\|\\[a\\](b)\\`" in text
+    assert "<img" not in (tmp_path / "out" / "report.html").read_text()
+    assert "False" in (tmp_path / "out" / "report.csv").read_text().splitlines()[1]
 
 
 def test_mistakes_in_a_sentence(cli: Cli, server: Server) -> None:
@@ -99,6 +195,10 @@ def test_mistakes_in_a_sentence(cli: Cli, server: Server) -> None:
         (2, "either --concurrency or --rate"),
         (2, "either --concurrency or --rate", "--concurrency", "1", "--rate", "1"),
         (2, "does not begin with http", "--concurrency", "1", "--url", "localhost"),
+        (2, "is none", "--concurrency", "1", "--url", "http://a:b:c"),
+        (2, "and a host", "--concurrency", "1", "--url", "http://"),
+        (2, "password", "--concurrency", "1", "--url", "http://me:secret@localhost"),
+        (2, "a header cannot hold", "--concurrency", "1", "--api-key", "schlüssel"),
         (1, "does not list its models", "--concurrency", "1", "--url", "http://127.0.0.1:9"),
         (1, "401", "--concurrency", "1", "--url", server.root, "--api-key", "wrong"),
         (2, "a colon and milliseconds", "--rate", "1", "--goodput", "speed:1"),
