@@ -22,6 +22,7 @@ from qexport.grid import GRIDS, Scheme
 from qexport.runtime.bench.contender import Contender
 from qexport.runtime.bench.latency import Settings, measure_latency
 from qexport.runtime.bench.machine import process_bytes
+from qexport.runtime.bench.noise import Noise
 from qexport.runtime.families import DecoderConfig, decoder_config
 from qexport.runtime.plan import Model, Times, crossover, memory_bytes
 from qexport.runtime.timing import Measured, measure_times
@@ -35,7 +36,7 @@ SCHEMES: dict[str, Scheme | None] = {
 }
 
 
-def predicted(fields: dict[str, Any], batches: tuple[int, ...]) -> dict[str, Any]:
+def predicted(fields: dict[str, Any], batches: tuple[int, ...], noise: Noise) -> dict[str, Any]:
     """Of each scheme: {ttft, step, memory}."""
     sizes = decoder_config(fields)
     assert isinstance(sizes, DecoderConfig)
@@ -43,7 +44,7 @@ def predicted(fields: dict[str, Any], batches: tuple[int, ...]) -> dict[str, Any
     context = PROMPT + MADE // 2
     found: dict[str, Any] = {}
     for name, scheme in SCHEMES.items():
-        times = measure_times(fields, scheme, batches, context, PROMPT)
+        times = measure_times(fields, scheme, batches, context, PROMPT, noise)
         found[name] = {
             "ttft": times.prompt_seconds(PROMPT),
             "step": {batch: times.decode_seconds(batch, context) for batch in batches},
@@ -90,7 +91,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         dense = dense_model(asked.shape, work)
-        plan = predicted(read_config(dense.folder), batches)
+        noise = Noise()
+        plan = predicted(read_config(dense.folder), batches, noise)
         folders = {"bfloat16": dense.folder}
         for name, scheme in SCHEMES.items():
             if scheme is not None:
@@ -109,7 +111,7 @@ def main() -> None:
     result = {
         "prompt": PROMPT,
         "tokens": MADE,
-        "noise": report["noise"],
+        "noise": {"predicted": noise.reasons(), "measured": report["noise"]["reasons"]},
         "predicted": plan,
         "measured": found,
         "predicted_over_measured": ratios,

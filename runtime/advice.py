@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from qexport.errors import InputError
 from qexport.grid import GRIDS, INT8, Scheme
 from qexport.runtime.hardware import Hardware
-from qexport.runtime.plan import Model, Roofline, Times, most_sequences
+from qexport.runtime.plan import Model, Roofline, most_sequences
 
 __all__ = ["PURPOSES", "Advice", "advise"]
 
@@ -38,25 +38,15 @@ class Advice:
     reasons: list[str]
 
 
-def advise(
-    purpose: str,
-    model: Model,
-    hardware: Hardware,
-    context: int,
-    times: "dict[str, Times] | None" = None,
-) -> Advice:
-    """`times` has measured ones by grid, where there are some. Raises InputError."""
+def advise(purpose: str, model: Model, hardware: Hardware, context: int) -> Advice:
+    """What to do for a purpose. Raises InputError where it is one for another kind of device."""
     if purpose == "finetune":
         return _finetune(model, hardware)
     if (purpose == "cpu") != (hardware.kind == "cpu"):
         raise InputError(f"--for {purpose} goes with --{'cpu' if purpose == 'cpu' else 'gpu'}.")
     if purpose == "gpu-serving":
         return _gpu_serving(model, hardware, context)
-    return (
-        _offline(model, hardware, context)
-        if purpose == "offline-batch"
-        else _cpu(model, hardware, context, times or {})
-    )
+    return (_offline if purpose == "offline-batch" else _cpu)(model, hardware, context)
 
 
 def _scheme(grid: str, model: Model, largest: int) -> Scheme:
@@ -84,7 +74,8 @@ def _gpu_serving(model: Model, hardware: Hardware, context: int) -> Advice:
             )
             continue
         if fit == 0:
-            reasons.append(f"even {grid} does not fit this GPU with {context} tokens; take several")
+            reasons.append(_too_large(grid, context))
+            break
         faster = Roofline(model, hardware, None).decode_seconds(1, context) / Roofline(
             model, hardware, scheme
         ).decode_seconds(1, context)
@@ -116,7 +107,8 @@ def _offline(model: Model, hardware: Hardware, context: int) -> Advice:
         if batch:
             rates[name] = batch / side.decode_seconds(batch, context), batch
     if not rates:
-        return Advice(_method("int4"), "4", int4.group_size, "gptq", ["nothing wider fits"])
+        reasons = [_too_large("int4", context)]
+        return Advice(_method("int4"), "4", int4.group_size, "gptq", reasons)
     reasons = [
         f"{name}: at most {rate:,.0f} tokens/s, with {batch} sequences of {context} tokens"
         for name, (rate, batch) in rates.items()
@@ -132,27 +124,30 @@ def _offline(model: Model, hardware: Hardware, context: int) -> Advice:
     return Advice(_method("int4"), "4", int4.group_size, "gptq", reasons)
 
 
-def _cpu(model: Model, hardware: Hardware, context: int, times: "dict[str, Times]") -> Advice:
+def _cpu(model: Model, hardware: Hardware, context: int) -> Advice:
     """The widest that is as fast as people read; else the fastest."""
     reasons, found = [], "seq2"
     for grid in ("int4", "int3", "seq2"):
         scheme = _scheme(grid, model, 64 if grid != "int4" else 32)
-        side = times.get(grid) or Roofline(model, hardware, scheme)
-        seconds = side.decode_seconds(1, context)
-        how = "measured" if grid in times else "at best"
-        reasons.append(f"{grid}: {1 / seconds:,.0f} tokens/s for one sequence, {how}")
-        if seconds <= _READING:
+        seconds = Roofline(model, hardware, scheme).decode_seconds(1, context)
+        reasons.append(f"{grid}: {1 / seconds:,.1f} tokens/s for one sequence, at best")
+        if most_sequences(model, hardware, scheme, context) == 0:
+            reasons[-1] = _too_large(grid, context)
+        elif seconds <= _READING:
             found = grid
+            pace = f"{1 / _READING:.0f} tokens a second, as people read"
+            reasons.append(f"{grid} is the widest that makes {pace}")
             break
-    reasons.append(
-        f"{found} is the widest that makes {1 / _READING:.0f} tokens a second, as people read"
-        if seconds <= _READING
-        else "no width makes 10 tokens a second; 2 bits come closest"
-    )
+    else:
+        reasons.append("no width makes 10 tokens a second; 2 bits come closest")
     form = "gguf" if found == "int4" else "native"
     if found == "int4":
         reasons.append("int4 in groups of 32 is exactly Q4_0, for llama.cpp and for us")
     return Advice(_method(found), _NAMES[found], scheme.group_size, form, reasons)
+
+
+def _too_large(grid: str, context: int) -> str:
+    return f"{grid} does not fit this device, with {context} tokens; take several, or a larger one"
 
 
 def _finetune(model: Model, hardware: Hardware) -> Advice:

@@ -86,6 +86,14 @@ _FAMILIES = {
     "mobilellm": "llama",
 }
 _ROPES = ("default", "linear", "llama3", "yarn", "longrope")
+# sizes that a config.json has to name, and those it may leave out; what none of any model exceeds
+_SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    "vocab_size",
+)
+_MORE_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+_LARGEST = {"num_hidden_layers": 4096, "max_position_embeddings": 1 << 30}
+_LARGEST_SIZE = 1 << 22
 _UNTRUSTED = ("model_type", "auto_map", "attn_implementation", "_attn_implementation")
 
 
@@ -97,6 +105,7 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig | str:
     family = config.get("model_type")
     if family not in _FAMILIES:
         return f"{family!r} is no family of this decoder"
+    _check_sizes(config)
     checked = _checked(config, _FAMILIES[family])
     if getattr(checked, "hidden_act", "silu") != "silu":
         return f"its activation is {checked.hidden_act}, not silu"
@@ -127,6 +136,21 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig | str:
     )
     _check(found)
     return found
+
+
+def _check_sizes(config: dict[str, Any]) -> None:
+    """Before anything is made of them: config classes make lists as long as there are layers."""
+    for name in (*_SIZES, *_MORE_SIZES):
+        value = config.get(name)
+        if value is None and name in _MORE_SIZES:
+            continue
+        if value is None:
+            raise CheckpointError(f"config.json does not say {name}.")
+        most = _LARGEST.get(name, _LARGEST_SIZE)
+        if type(value) is not int or not 0 < value <= most:
+            raise CheckpointError(
+                f"config.json's {name} is {str(value)[:40]}, not a number from 1 to {most}."
+            )
 
 
 def _checked(config: dict[str, Any], model_type: str) -> Any:
@@ -203,13 +227,10 @@ def _tokens(value: Any) -> frozenset[int]:
 
 
 def _check(found: DecoderConfig) -> None:
-    sizes = (found.hidden, found.inter, found.heads, found.kv_heads, found.head_dim)
-    if min(*sizes, found.vocabulary, found.context, found.layers) < 1:
-        raise CheckpointError("config.json has a size that is not positive.")
     if found.heads % found.kv_heads:
         raise CheckpointError(
             f"config.json has {found.heads} heads and {found.kv_heads} key-value heads, which do "
             "not divide them."
         )
-    if found.head_dim % 2:
-        raise CheckpointError(f"config.json has heads of {found.head_dim}, an odd size.")
+    if found.head_dim < 1 or found.head_dim % 2:
+        raise CheckpointError(f"config.json has heads of {found.head_dim}, no even size.")

@@ -13,7 +13,7 @@ class Hardware:
     bandwidth   of the memory, bytes per second
     flops       operations per second on dense weights: float16 or bfloat16 with float32 sums on
                 GPUs, float32 on CPUs
-    int8        dense int8, operations per second; 0 where there is none
+    int8        dense int8, operations per second; 0 where there is none, or it was not measured
     kind        `cuda` or `cpu`
     capability  NVIDIA's number of the architecture, as in 90
     """
@@ -31,6 +31,11 @@ class Hardware:
         """Operations for each byte at which arithmetic takes as long as memory."""
         return self.flops / self.bandwidth
 
+    @property
+    def dense(self) -> str:
+        """The dtype of weights that are not packed: NVIDIA has bfloat16 from Ampere on."""
+        return "float16" if self.kind == "cuda" and self.capability < 80 else "bfloat16"
+
 
 def _gpu(
     name: str, capability: int, gigabytes: float, terabytes: float, flops: float, int8: float
@@ -40,14 +45,23 @@ def _gpu(
 
 
 def _cpu(
-    name: str, channels: int, transfers: float, cores: int, gigahertz: float, lanes: int
+    name: str,
+    channels: int,
+    transfers: float,
+    cores: int,
+    gigahertz: float,
+    lanes: int,
+    int8: int = 4,
 ) -> Hardware:
     """Memory of `transfers` MT/s on channels of 8 bytes; cores at their base clock.
 
-    lanes   float32 operations of a core in a cycle; int8 dot products are four times as many
+    Rates are those of the instructions that our kernels use: FMA and VPDPBUSD, or VPMADDUBSW where
+    there is no AVX-512. AMX and AVX512_BF16 go beyond them.
+
+    lanes   float32 operations of a core in a cycle; int8: times as many by int8
     """
     flops = cores * gigahertz * 1e9 * lanes
-    return Hardware(name, None, channels * transfers * 8e6, flops, 4 * flops, "cpu")
+    return Hardware(name, None, channels * transfers * 8e6, flops, int8 * flops, "cpu")
 
 
 # data sheets of NVIDIA, without sparsity; of GeForce cards those with float32 sums
@@ -71,10 +85,9 @@ GPUS = {
 CPUS = {
     "epyc-9754": _cpu("AMD EPYC 9754", 12, 4800, 128, 2.25, 32),
     "epyc-9654": _cpu("AMD EPYC 9654", 12, 4800, 96, 2.4, 32),
-    "epyc-7763": _cpu("AMD EPYC 7763", 8, 3200, 64, 2.45, 32),
     "xeon-8592": _cpu("Intel Xeon Platinum 8592+", 8, 5600, 64, 1.9, 64),
     "xeon-8480": _cpu("Intel Xeon Platinum 8480+", 8, 4800, 56, 2.0, 64),
     "ryzen-9950x": _cpu("AMD Ryzen 9 9950X", 2, 5600, 16, 4.3, 64),
     "ryzen-7950x": _cpu("AMD Ryzen 9 7950X", 2, 5200, 16, 4.5, 32),
-    "core-14900k": _cpu("Intel Core i9-14900K", 2, 5600, 8, 3.2, 32),
+    "core-14900k": _cpu("Intel Core i9-14900K", 2, 5600, 8, 3.2, 32, int8=2),
 }

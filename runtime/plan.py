@@ -7,7 +7,7 @@ batches (Williams, Waterman, Patterson 2009, "Roofline").
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from qexport.errors import InputError
 from qexport.formats.base import Options
 from qexport.formats.card import vllm_reads
 from qexport.formats.registry import FORMATS
-from qexport.grid import Scheme
+from qexport.grid import INT8, Scheme
 from qexport.runtime.families import DecoderConfig
 from qexport.runtime.hardware import Hardware
 from qexport.runtime.kernels import KERNELS
@@ -30,6 +30,8 @@ __all__ = [
     "kernel_rows",
     "memory_bytes",
     "most_sequences",
+    "reckon",
+    "with_times",
 ]
 
 _DENSE_BYTES = 2  # of a bfloat16 number
@@ -241,10 +243,87 @@ def memory_bytes(model: Model, scheme: Scheme | None, batch: int, context: int) 
 
 
 def most_sequences(
-    model: Model, hardware: Hardware, scheme: Scheme | None, context: int
+    model: Model, hardware: Hardware, scheme: Scheme | None, context: int, runtime: int = 0
 ) -> int | None:
-    """Sequences of `context` tokens that fit beside the weights in nine tenths of the memory."""
+    """Sequences of `context` tokens that fit in nine tenths of the memory; None: it is unknown.
+
+    runtime   bytes of the process without a model
+    """
     if hardware.memory is None:
         return None
-    room = _USABLE * hardware.memory - model.weight_bytes(scheme)
-    return max(0, int(room // (context * model.cache_bytes())))
+    none, one = (memory_bytes(model, scheme, batch, context) for batch in (0, 1))
+    room = _USABLE * hardware.memory - runtime - none
+    return max(0, int(room // (one - none)))
+
+
+def reckon(
+    model: Model,
+    scheme: Scheme,
+    hardware: Hardware,
+    context: int,
+    prompt: int,
+    batches: Sequence[int],
+    runtime: int = 0,
+) -> dict[str, Any]:
+    """A plan as JSON has it, with times of a roofline; no run is needed.
+
+    Packed weights are compared with dense ones, and with W8A8 where the device's int8 is known.
+
+    runtime   bytes of the process without a model
+    """
+    name = scheme.label
+    sides = {name: Roofline(model, hardware, scheme)}
+    sides[hardware.dense] = Roofline(model, hardware, None)
+    if hardware.int8:
+        sides["w8a8"] = Roofline(model, hardware, Scheme(INT8), int8=True)
+    found = {
+        "scheme": name,
+        "hardware": hardware.name,
+        "context": context,
+        "prompt": prompt,
+        "weights": {
+            "quantized": model.stored,
+            "dense": model.dense,
+            "bytes": round(model.weight_bytes(scheme)),
+            f"{hardware.dense}_bytes": round(model.weight_bytes(None)),
+        },
+        "cache_bytes_per_token": model.cache_bytes(),
+        "sequences_that_fit": {
+            name: most_sequences(model, hardware, side.scheme, context, runtime)
+            for name, side in sides.items()
+        },
+        "runtime_bytes": runtime,
+        "memory_bytes": {
+            name: {
+                batch: round(runtime + memory_bytes(model, side.scheme, batch, context))
+                for batch in batches
+            }
+            for name, side in sides.items()
+        },
+        "formats": file_sizes(model, scheme),
+        "kernels": kernel_rows(model, scheme, hardware),
+        "batches": list(batches),
+    }
+    return with_times(found, sides, "a roofline")
+
+
+def with_times(
+    found: dict[str, Any], sides: Mapping[str, Times], kind: str, most: int | None = None
+) -> dict[str, Any]:
+    """The plan with these times: of what kind they are, and the batches at which they cross.
+
+    most   the largest batch that was measured; None for rooflines
+    """
+    context, batches = found["context"], found["batches"]
+    packed = sides[found["scheme"]]
+    others = {name: side for name, side in sides.items() if side is not packed}
+    return {
+        **found,
+        "times_are": kind,
+        "ttft_seconds": {n: side.prompt_seconds(found["prompt"]) for n, side in sides.items()},
+        "tpot_seconds": {
+            name: {batch: side.decode_seconds(batch, context) for batch in batches}
+            for name, side in sides.items()
+        },
+        "weight_only_pays_below": crossover(packed, others, context, most),
+    }

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from qexport.errors import InputError
 from qexport.grid import Scheme
+from qexport.runtime.bench.noise import Noise
 from qexport.runtime.device_sampler import Draw
 from qexport.runtime.families import DecoderConfig, decoder_config
 from qexport.runtime.model import Decoder, Span
@@ -26,7 +26,7 @@ from qexport.runtime.serving import Serving, open_decoder
 __all__ = ["Measured", "measure_times"]
 
 _DEEP_BYTES = 256 << 20  # of weights that are made up: more than caches hold
-_ROUNDS = 3
+_ROUNDS = 4
 _SECONDS = 0.1  # for each batch in a round, at least
 _FEWEST, _MOST = 2, 30  # steps of each
 _CHUNK = 256  # prompt tokens in a step, as the scheduler has them
@@ -62,25 +62,18 @@ def measure_times(
     batches: Sequence[int],
     context: int,
     prompt: int,
-    threads: int | None = None,
+    noise: Noise,
 ) -> Measured:
-    """Run it. `config` is of config.json; the scheme None is bfloat16.
-
-    Raises InputError where the model has a smaller context.
-    """
+    """Run it. `config` is of config.json; the scheme None is bfloat16."""
     sizes = decoder_config(config)
     assert isinstance(sizes, DecoderConfig)
-    if max(context, prompt) > sizes.context:
-        raise InputError(
-            f"the model has a context of {sizes.context}; {max(context, prompt)} is more than that."
-        )
     stored = len(set(sizes.weights))
     layer = Model(sizes).linear_bytes(scheme) / stored
     deep = min(stored, max(4, int(_DEEP_BYTES // layer)))
-    serving = Serving(slots=max(batches), context=max(context, prompt), threads=threads)
+    serving = Serving(slots=max(batches), context=max(context, prompt))
 
     def run(layers: int) -> list[float]:
-        return _run(_shortened(config, layers), scheme, serving, batches, context, prompt)
+        return _run(_shortened(config, layers), scheme, serving, batches, context, prompt, noise)
 
     times = run(deep)
     if deep < stored:
@@ -106,6 +99,7 @@ def _run(
     batches: Sequence[int],
     context: int,
     prompt: int,
+    noise: Noise,
 ) -> list[float]:
     """Seconds of a step at each batch, and of the prompt."""
     sizes = decoder_config(config)
@@ -114,8 +108,18 @@ def _run(
     decoder.reserve()
     works = [partial(_step, decoder, batch, context) for batch in batches]
     works.append(partial(_prompt, decoder, prompt))
-    rounds = [[_typical(work) for work in works] for _ in range(_ROUNDS)]
-    return [statistics.median(taken) for taken in zip(*rounds, strict=True)]
+    rounds = []
+    for _ in range(_ROUNDS):
+        noise.begin(time.process_time())
+        rounds.append([_typical(work) for work in works])
+        noise.end(time.process_time())
+    found = list(zip(*rounds, strict=True))
+    what = "bfloat16" if scheme is None else scheme.label
+    for part, taken in zip(
+        [*(f"batch {batch}" for batch in batches), "prompt"], found, strict=True
+    ):
+        noise.spread(f"{what}, {sizes.layers} layers, {part}", list(taken))
+    return [statistics.median(taken) for taken in found]
 
 
 def _typical(work: Callable[[], None]) -> float:

@@ -7,13 +7,13 @@ import click
 
 from qexport.cli.common import Command, Numbers, json_option, print_json, progress_console, size
 from qexport.cli.schemes import BITS, scheme_of
-from qexport.errors import InputError
+from qexport.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
     from qexport.grid import Scheme
-    from qexport.runtime.advice import Advice
+    from qexport.runtime.bench.noise import Noise
     from qexport.runtime.hardware import Hardware
-    from qexport.runtime.plan import Model, Times
+    from qexport.runtime.plan import Times
 
 _EPILOG = """\b
 Examples:
@@ -23,11 +23,14 @@ Examples:
 
 \b
 GPUs: b200, h200, h100, h100-pcie, a100-80, a100-40, l40s, l4, a10, t4,
-rtx5090, rtx4090, rtx3090. CPUs: epyc-9754, epyc-9654, epyc-7763, xeon-8592,
-xeon-8480, ryzen-9950x, ryzen-7950x, core-14900k. Either may be `here`."""
+rtx5090, rtx4090, rtx3090. CPUs: epyc-9754, epyc-9654, xeon-8592, xeon-8480,
+ryzen-9950x, ryzen-7950x, core-14900k. Either may be `here`. Models: the families
+of our decoder, which are llama, mistral, qwen2, qwen3, smollm3, minicpm, minicpm4
+and mobilellm."""
 
 _HERE = "here"
-_ROOFLINE, _MEASURED = "a roofline", "measured with random weights"
+_TOKENS = click.IntRange(1, 1 << 24)
+_MEASURED = "measured with random weights"
 
 
 @click.command(cls=Command, epilog=_EPILOG)
@@ -42,8 +45,8 @@ _ROOFLINE, _MEASURED = "a roofline", "measured with random weights"
     type=click.Choice(["gpu-serving", "offline-batch", "cpu", "finetune"]),
     help="Recommend width, groups and format, and go on with those.",
 )
-@click.option("--context", default=4096, show_default=True, type=click.IntRange(1, 1 << 24))
-@click.option("--prompt", default=1024, show_default=True, type=click.IntRange(1, 1 << 24))
+@click.option("--context", type=_TOKENS, help="Tokens of each sequence; default 4096 at most.")
+@click.option("--prompt", type=_TOKENS, help="Tokens to the first one; default 1024 at most.")
 @click.option("--batch", type=Numbers(), help="Sequences at a time; default 1 to 1024, here to 32.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="SVG to write.")
 @json_option
@@ -54,8 +57,8 @@ def command(
     gpu: str | None,
     cpu: str | None,
     purpose: str | None,
-    context: int,
-    prompt: int,
+    context: int | None,
+    prompt: int | None,
     batch: tuple[int, ...] | None,
     plot: Path | None,
     as_json: bool,
@@ -67,32 +70,50 @@ def command(
     large. Weight-only quantization makes steps shorter while weights are what they wait for: at the
     batch that is named it has stopped to be worth it.
     """
+    import qexport.runtime.serving  # noqa: F401  # its libraries are part of the memory
     from qexport.checkpoint import read_config
     from qexport.hub import local_folder
+    from qexport.runtime.advice import advise
+    from qexport.runtime.bench.machine import process_bytes
+    from qexport.runtime.bench.noise import Noise
     from qexport.runtime.families import decoder_config
-    from qexport.runtime.plan import Model
+    from qexport.runtime.plan import Model, reckon, with_times
 
-    if (gpu is None) == (cpu is None):
+    if gpu is None and cpu is None:
         raise InputError("name a device, by --gpu or by --cpu.")
-    if bits is None and purpose is None:
-        raise InputError("give --bits, or a purpose by --for.")
-    hardware = _hardware(gpu, cpu)
+    if gpu is not None and cpu is not None:
+        raise InputError("name one device, by --gpu or by --cpu.")
+    if (bits is None) == (purpose is None):
+        raise InputError("give either --bits, or a purpose by --for.")
+    if plot is not None and plot.suffix != ".svg":
+        raise InputError(f"--plot writes SVG; call it {plot.with_suffix('.svg')}.")
+    gpu, cpu = (name and name.lower() for name in (gpu, cpu))
     fields = read_config(local_folder(model, ["config.json"]))
     config = decoder_config(fields)
     if isinstance(config, str):
-        raise InputError(f"{model} cannot be reckoned: {config}.")
+        raise UnsupportedError(f"{model} cannot be reckoned: {config}.")
     dims = Model(config)
-    advice = None
-    if purpose is not None:
-        advice = _advise(purpose, dims, hardware, context)
-        bits, group_size = bits or advice.bits or "4", advice.group_size or -1
+    most = min(4096, config.context)
+    context, prompt = context or most, prompt or min(1024, most)
+    if max(context, prompt) > config.context:
+        raise InputError(
+            f"{model} has a context of {config.context}; {max(context, prompt)} is more than that."
+        )
+    runtime = process_bytes() if cpu is not None else 0
+    hardware = _hardware(gpu, cpu)
+    advice = None if purpose is None else advise(purpose, dims, hardware, context)
+    if advice is not None:
+        bits, group_size = advice.bits or "4", advice.group_size or -1
     scheme = scheme_of(bits or "4", group_size)
     dims.check(scheme)
     here = _HERE in (gpu, cpu)
     batches = batch or ((1, 2, 4, 8, 16, 32) if here else tuple(1 << n for n in range(11)))
-    found = _reckon(dims, scheme, hardware, context, prompt, batches)
+    found = reckon(dims, scheme, hardware, context, prompt, batches, runtime)
     if here:
-        _add_times(found, _measured(fields, scheme, batches, context, prompt), _MEASURED)
+        noise = Noise()
+        times = _measured(fields, found, scheme, noise)
+        found = with_times(found, times, _MEASURED, max(batches))
+        found["noise"] = {"clean": not noise.reasons(), "reasons": noise.reasons()}
     if advice is not None:
         found["advice"] = vars(advice)
     if plot is not None:
@@ -113,8 +134,7 @@ def _hardware(gpu: str | None, cpu: str | None) -> "Hardware":
         raise InputError(f"there is no {option} {name}; there are here, {', '.join(known)}.")
     import torch
 
-    from qexport.errors import UnsupportedError
-    from qexport.runtime.bench.machine import roofs
+    from qexport.runtime.bench.roofs import roofs
     from qexport.runtime.loader import best_device
 
     device = best_device()
@@ -125,111 +145,23 @@ def _hardware(gpu: str | None, cpu: str | None) -> "Hardware":
     return roofs(device)
 
 
-def _advise(purpose: str, model: "Model", hardware: "Hardware", context: int) -> "Advice":
-    from qexport.runtime.advice import advise
-
-    return advise(purpose, model, hardware, context)
-
-
 def _measured(
-    fields: dict[str, Any],
-    scheme: "Scheme",
-    batches: tuple[int, ...],
-    context: int,
-    prompt: int,
+    fields: dict[str, Any], found: dict[str, Any], scheme: "Scheme", noise: "Noise"
 ) -> "dict[str, Times]":
-    """Of the scheme, bfloat16, and on CPUs int8 weights with int8 activations."""
+    """Of every side of a plan, at the batches that there is room for."""
     from qexport.grid import INT8, Scheme
-    from qexport.runtime.loader import best_device
     from qexport.runtime.timing import measure_times
 
     console = progress_console()
-    sides: dict[str, Scheme | None] = {scheme.label: scheme, "bfloat16": None}
-    if best_device().type == "cpu":
-        sides["w8a8"] = Scheme(INT8)
-    found: dict[str, Times] = {}
-    for name, side in sides.items():
+    schemes = {scheme.label: scheme, "w8a8": Scheme(INT8)}
+    times: dict[str, Times] = {}
+    for name, fit in found["sequences_that_fit"].items():
         console.print(f"timing {name} with random weights", highlight=False)
-        found[name] = measure_times(fields, side, batches, context, prompt)
-    return found
-
-
-def _reckon(
-    model: "Model",
-    scheme: "Scheme",
-    hardware: "Hardware",
-    context: int,
-    prompt: int,
-    batches: tuple[int, ...],
-) -> dict[str, Any]:
-    """Everything that needs no run; times are rooflines."""
-    import qexport.runtime.serving  # noqa: F401  # its libraries are part of the memory
-    from qexport.grid import INT8
-    from qexport.grid import Scheme as Form
-    from qexport.runtime.bench.machine import process_bytes
-    from qexport.runtime.plan import (
-        Roofline,
-        file_sizes,
-        kernel_rows,
-        memory_bytes,
-        most_sequences,
-    )
-
-    runtime = process_bytes() if hardware.kind == "cpu" else 0
-    name = scheme.label
-    schemes = {name: scheme, "bfloat16": None, "w8a8": Form(INT8)}
-    sides: dict[str, Times] = {
-        name: Roofline(model, hardware, scheme),
-        "bfloat16": Roofline(model, hardware, None),
-    }
-    if hardware.int8 or hardware.kind == "cpu":
-        sides["w8a8"] = Roofline(model, hardware, Form(INT8), int8=True)
-    found = {
-        "scheme": name,
-        "hardware": hardware.name,
-        "context": context,
-        "prompt": prompt,
-        "weights": {
-            "quantized": model.stored,
-            "dense": model.dense,
-            "bytes": round(model.weight_bytes(scheme)),
-            "bfloat16_bytes": round(model.weight_bytes(None)),
-        },
-        "cache_bytes_per_token": model.cache_bytes(),
-        "sequences_that_fit": {
-            name: most_sequences(model, hardware, schemes[name], context) for name in sides
-        },
-        "runtime_bytes": runtime,
-        "memory_bytes": {
-            name: {
-                batch: round(runtime + memory_bytes(model, schemes[name], batch, context))
-                for batch in batches
-            }
-            for name in sides
-        },
-        "formats": file_sizes(model, scheme),
-        "kernels": kernel_rows(model, scheme, hardware),
-        "batches": batches,
-    }
-    _add_times(found, sides, _ROOFLINE)
-    return found
-
-
-def _add_times(found: dict[str, Any], sides: "dict[str, Times]", kind: str) -> None:
-    """Times, what kind they are, and the batches at which they cross."""
-    from qexport.runtime.plan import crossover
-
-    context, batches = found["context"], found["batches"]
-    packed = sides[found["scheme"]]
-    others = {name: side for name, side in sides.items() if side is not packed}
-    most = None if kind == _ROOFLINE else max(batches)
-    found["times_are"] = kind
-    found["ttft_seconds"] = {n: side.prompt_seconds(found["prompt"]) for n, side in sides.items()}
-    found["tpot_seconds"] = {
-        name: {batch: side.decode_seconds(batch, context) for batch in batches}
-        for name, side in sides.items()
-    }
-    found["weight_only_pays_below"] = crossover(packed, others, context, most)
+        batches = [batch for batch in found["batches"] if batch <= fit] or [1]
+        times[name] = measure_times(
+            *(fields, schemes.get(name), batches, found["context"], found["prompt"], noise)
+        )
+    return times
 
 
 def _chart(found: dict[str, Any]) -> str:
@@ -245,15 +177,18 @@ def _chart(found: dict[str, Any]) -> str:
 
 
 def _print(found: dict[str, Any]) -> None:
+    if "noise" in found and not found["noise"]["clean"]:
+        click.echo(f"Noisy, not to be quoted: {'; '.join(found['noise']['reasons'])}.\n")
     if "advice" in found:
         _print_advice(found["advice"])
     weights = found["weights"]
+    dense = next(name for name in weights if name.endswith("_bytes"))
     click.echo(
         f"{found['scheme']}: {size(weights['bytes'])} of weights "
-        f"({size(weights['bfloat16_bytes'])} in bfloat16), "
+        f"({size(weights[dense])} in {dense.removesuffix('_bytes')}), "
         f"{size(found['cache_bytes_per_token'])} of cache a token"
     )
-    fit = [f"{n} at {name}" for name, n in found["sequences_that_fit"].items() if n is not None]
+    fit = [f"{n:,} at {name}" for name, n in found["sequences_that_fit"].items() if n is not None]
     if fit:
         joined = ", ".join(fit)
         click.echo(
@@ -288,24 +223,33 @@ def _print_advice(advice: dict[str, Any]) -> None:
 
 
 def _print_times(found: dict[str, Any]) -> None:
-    times, memory = found["tpot_seconds"], found["memory_bytes"]
-    names = list(times)
+    times, memory, fit = found["tpot_seconds"], found["memory_bytes"], found["sequences_that_fit"]
+    names, first = list(times), found["ttft_seconds"]
     what = "ms a step" if found["times_are"] == _MEASURED else "least ms a step"
     click.echo(f"\n{what + ', and memory':<30}{''.join(f'{name:>24}' for name in names)}")
-    for batch in times[names[0]]:
-        cells = "".join(
-            f"{times[name][batch] * 1e3:>12.2f}{size(memory[name][batch]):>12}" for name in names
-        )
+    for batch in found["batches"]:
+        cells = ""
+        for name in names:
+            room = fit[name] is None or batch <= fit[name]
+            step = f"{times[name][batch] * 1e3:.2f}" if room else "no room"
+            cells += f"{step:>12}{size(memory[name][batch]):>12}"
         click.echo(f"  {batch:>5} sequences at a time    {cells}")
-    cells = "".join(f"{found['ttft_seconds'][name] * 1e3:>12.2f}{'':>12}" for name in names)
+    first = {name: "no room" if fit[name] == 0 else f"{t * 1e3:.2f}" for name, t in first.items()}
+    cells = "".join(f"{first[name]:>12}{'':>12}" for name in names)
     click.echo(f"  to the first token of {found['prompt']:<6}{cells}")
-    for name, batch in found["weight_only_pays_below"].items():
-        if batch is not None:
-            click.echo(
-                f"{found['scheme']} takes less than nine tenths of {name}'s time below {batch} "
-                "sequences at a time."
-            )
-        else:
-            click.echo(
-                f"{found['scheme']} takes less than nine tenths of {name}'s time throughout."
-            )
+    for name in found["weight_only_pays_below"]:
+        click.echo(_crossover(found, name))
+
+
+def _crossover(found: dict[str, Any], other: str) -> str:
+    """Where packed weights pay, as far as there is room for that."""
+    scheme, batch = found["scheme"], found["weight_only_pays_below"][other]
+    fit = found["sequences_that_fit"][scheme]
+    if fit == 0:
+        return f"{scheme} does not fit, with {found['context']} tokens."
+    what = f"{scheme} takes less than nine tenths of {other}'s time"
+    if batch is not None and (fit is None or batch <= fit):
+        return f"{what} {'at no batch' if batch == 1 else f'below {batch} sequences at a time'}."
+    if found["times_are"] == _MEASURED:
+        return f"{what} up to {max(found['batches'])} sequences at a time, the most measured."
+    return f"{what} throughout" + ("." if fit is None else f", up to the {fit:,} that fit.")

@@ -20,8 +20,9 @@ from qexport.errors import InputError, QexportError
 from qexport.formats import open_checkpoint
 from qexport.runtime.bench.backends import Answers, Options
 from qexport.runtime.bench.contender import Contender, Running
-from qexport.runtime.bench.machine import describe, roofs
+from qexport.runtime.bench.machine import describe
 from qexport.runtime.bench.noise import Noise
+from qexport.runtime.bench.roofs import roofs
 from qexport.runtime.bench.statistics import percentiles, request_times
 from qexport.runtime.loader import best_device
 from qexport.runtime.plan import PAYS
@@ -232,6 +233,7 @@ def _roofs() -> dict[str, Any]:
         "device": found.name,
         "bytes_per_second": found.bandwidth,
         "operations_per_second": found.flops,
+        "int8_operations_per_second": found.int8 or None,
     }
 
 

@@ -36,8 +36,8 @@ def latency_page(result: dict[str, Any]) -> Page:
         "threads": str(settings["threads"] or "each engine's default"),
         "repeats": f"{settings['repeats']} after {settings['warmups']} to warm up; contenders "
         "in turns",
-        "roofs": f"{result['roofs']['bytes_per_second'] / 1e9:.1f} GB/s read, "
-        f"{result['roofs']['operations_per_second'] / 1e9:.0f} GFLOP/s multiplied by torch",
+        "roofs": f"{result['roofs']['bytes_per_second'] / 1e9:.1f} GB/s read; "
+        + ", ".join(f"{rate / 1e9:.0f} G/s by {name}" for name, rate in _rates(result).items()),
     }
     groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for cell in result["cells"]:
@@ -160,6 +160,16 @@ def _speeds(steps: dict[str, list[tuple[float, float]]]) -> dict[str, list[tuple
     return {name: line for name, line in found.items() if line}
 
 
+def _rates(result: dict[str, Any]) -> dict[str, float]:
+    """Operations a second that this machine reached: by what, and how many."""
+    roofs = result["roofs"]
+    dense = "torch in bfloat16" if result["machine"]["gpu"] else "torch in float32"
+    found = {dense: roofs["operations_per_second"]}
+    if roofs["int8_operations_per_second"]:
+        found["our kernel in int8"] = roofs["int8_operations_per_second"]
+    return found
+
+
 def _roofline(result: dict[str, Any], what: str, cells: list[dict[str, Any]]) -> str:
     operations = {one["name"]: one["operations_per_token"] for one in result["contenders"]}
     lines: dict[str, list[tuple[float, float]]] = {}
@@ -167,16 +177,17 @@ def _roofline(result: dict[str, Any], what: str, cells: list[dict[str, Any]]) ->
         done = operations[cell["contender"]] * cell["batch"]
         point = (done / cell["step_bytes"], done / cell["itl"]["p50"] / 1e9)
         lines.setdefault(cell["contender"], []).append(point)
-    roofs = result["roofs"]
-    read, multiplied = roofs["bytes_per_second"], roofs["operations_per_second"]
+    read, rates = result["roofs"]["bytes_per_second"], _rates(result)
     ends = [x for line in lines.values() for x, _ in line]
-    corner = multiplied / read
-    places = sorted({min(ends), *([corner] if min(ends) < corner < max(ends) else []), max(ends)})
-    roof = [(x, min(x * read, multiplied) / 1e9) for x in places]
+    for name, rate in rates.items():
+        corner = rate / read
+        inside = [corner] if min(ends) < corner < max(ends) else []
+        places = sorted({min(ends), *inside, max(ends)})
+        lines[f"roof: {name}"] = [(x, min(x * read, rate) / 1e9) for x in places]
     return line_chart(
         f"Roofline: {what}",
         "operations for each byte",
-        "GFLOP/s",
-        {**lines, "torch's roof, float32" if not result["machine"]["gpu"] else "roof": roof},
-        dashed={"torch's roof, float32", "roof"},
+        "G operations/s",
+        lines,
+        dashed={f"roof: {name}" for name in rates},
     )

@@ -10,7 +10,7 @@ from benchmarks.gpu_decode import LLAMA
 from qexport.errors import InputError
 from qexport.runtime.advice import PURPOSES, advise
 from qexport.runtime.families import DecoderConfig, decoder_config
-from qexport.runtime.hardware import CPUS, GPUS
+from qexport.runtime.hardware import CPUS, GPUS, Hardware
 from qexport.runtime.plan import Model
 from tests.conftest import Cli
 
@@ -45,6 +45,10 @@ def test_large_batches_keep_bfloat16_where_it_fits() -> None:
     assert wide.bits is None and any("W8A8" in reason for reason in wide.reasons)
     tight = advise("offline-batch", model(), GPUS["l4"], 4096)
     assert tight.bits == "4"
+    small = advise("offline-batch", model(**SEVENTY), GPUS["l4"], 4096)
+    assert small.bits == "4" and small.reasons == [
+        "int4 does not fit this device, with 4096 tokens; take several, or a larger one"
+    ]
 
 
 def test_a_cpu_gets_the_widest_that_one_can_read_along_with() -> None:
@@ -53,6 +57,9 @@ def test_a_cpu_gets_the_widest_that_one_can_read_along_with() -> None:
     slow = advise("cpu", model(**SEVENTY), CPUS["ryzen-7950x"], 1024)
     assert (slow.bits, slow.format) == ("2", "native")
     assert "no width makes 10 tokens a second" in slow.reasons[-1]
+    small = Hardware("a small one", 16e9, 1e12, 1e12, 4e12, "cpu")  # fast, and full with int4
+    fits = advise("cpu", model(**SEVENTY), small, 1024)
+    assert fits.bits == "2" and all("does not fit" in reason for reason in fits.reasons[:3])
 
 
 def test_training_says_how_many_devices_it_takes() -> None:

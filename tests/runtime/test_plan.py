@@ -13,6 +13,7 @@ from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.pack import pack
 from qexport.grid import GRIDS, Scheme
 from qexport.runtime import timing
+from qexport.runtime.bench.noise import Noise
 from qexport.runtime.families import DecoderConfig, decoder_config
 from qexport.runtime.hardware import CPUS, GPUS
 from qexport.runtime.plan import (
@@ -139,13 +140,58 @@ def test_the_command(tmp_path: Path, cli: Cli) -> None:
     assert "seq2 g128 takes less than nine tenths of bfloat16's time below" in text.stdout
     for wrong, said in (
         (("--gpu", "abacus"), "there is no --gpu abacus"),
-        (("--cpu", "epyc-9654"), "name a device, by --gpu or by --cpu"),
+        (("--cpu", "epyc-9654"), "name one device, by --gpu or by --cpu"),
+        (("--for", "gpu-serving"), "either --bits, or a purpose"),
+        (("--plot", "plan.png"), "call it plan.svg"),
+        (("--context", "131072"), "has a context of"),
         (("--group-size", "100"), "groups of 100 do not divide"),
         (("--group-size", "0"), "--group-size is positive"),
     ):
         result = cli(*asked, *wrong)
         assert result.returncode == 2
         assert said in result.stderr and "Traceback" not in result.stderr
+
+
+def test_what_does_not_fit_is_marked(tmp_path: Path, cli: Cli) -> None:
+    """No time is told for a batch that there is no room for, nor a crossover beyond."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    asked = ("plan", tmp_path, "--bits", "4", "--group-size", "128", "--batch", "1,4,64")
+    t4 = cli(*asked, "--gpu", "T4")
+    rows = [
+        line.split("time")[1].split() for line in t4.stdout.splitlines() if "at a time " in line
+    ]
+    assert [row.count("no") for row in rows] == [1, 1, 3] or [r.count("no") for r in rows]
+    assert "float16" in t4.stdout and "bfloat16" not in t4.stdout
+    assert "up to the" in t4.stdout and "that fit" in t4.stdout
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": 320}))
+    huge = cli(*asked, "--gpu", "t4").stdout
+    assert huge.count("no room") == 3 * 3 + 3 and "does not fit, with 4096 tokens" in huge
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("num_hidden_layers", 10**9, "num_hidden_layers is 1000000000, not a number"),
+        ("hidden_size", 4096.0, "hidden_size is 4096.0, not a number"),
+        ("vocab_size", True, "vocab_size is True, not a number"),
+        ("intermediate_size", "x" * 999, "not a number"),
+        ("num_attention_heads", -32, "num_attention_heads is -32"),
+        ("hidden_size", None, "does not say hidden_size"),
+    ],
+)
+def test_sizes_that_make_no_sense(
+    tmp_path: Path, cli: Cli, field: str, value: object, said: str
+) -> None:
+    """A sentence, before anything as large is made."""
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, field: value}))
+    result = cli("plan", tmp_path, "--bits", "4", "--gpu", "t4")
+    assert result.returncode == 1 and said in result.stderr and len(result.stderr) < 200
+
+
+def test_another_family_is_not_supported(tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "model_type": "mamba"}))
+    result = cli("plan", tmp_path, "--bits", "4", "--gpu", "t4")
+    assert result.returncode == 4 and "'mamba' is no family" in result.stderr
 
 
 def test_kernels_by_their_own_rules(llama: Model) -> None:
@@ -184,6 +230,7 @@ def test_this_machine_is_measured(cli: Cli, tmp_path: Path, layers: int) -> None
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["times_are"] == "measured with random weights"
+    assert found["noise"]["clean"] == (not found["noise"]["reasons"])
     assert set(found["tpot_seconds"]) == {"seq2 g32", "bfloat16", "w8a8"}
     assert all(0 < times["1"] < 5 for times in found["tpot_seconds"].values())
     assert found["runtime_bytes"] > 100 << 20
@@ -205,7 +252,7 @@ def test_times_of_a_shortened_model_are_stretched(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(timing, "_run", run)
     fields = {**LLAMA, "num_hidden_layers": 20, "layer_types": ["full_attention"] * 20}
-    found = timing.measure_times(fields, SEQ2, [1], 16, 16)
+    found = timing.measure_times(fields, SEQ2, [1], 16, 16, Noise())
     assert asked == [4, 1]
     assert found.steps[1] == pytest.approx(47.0) and found.prompt == pytest.approx(21.0)
 
