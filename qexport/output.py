@@ -64,8 +64,14 @@ def strangers(folder: Path) -> list[str]:
 
 
 def check_writable(target: Path, kind: str) -> None:
-    """Raise InputError where `target` exists and is no empty folder and no `kind` of ours."""
+    """Raise InputError where nothing can be made at `target`, or what is there is to stay.
+
+    An empty folder may be replaced, and a `kind` of ours.
+    """
     if not target.exists() and not target.is_symlink():
+        above = next(folder for folder in target.absolute().parents if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise InputError(f"{target} cannot be made in {above}; choose another -o.")
         return
     if not target.is_dir():
         raise InputError(f"{target} is not a folder; choose another -o.")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qexport.cli.common import Command, Numbers, json_option, print_json, progress_console
-from qexport.cli.serving import serving_options
+from qexport.cli.serving import engine_options
 from qexport.errors import InputError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ or with PATH."""
 @click.option("--vllm-python", help="A Python that has vLLM and qexport; default this one.")
 @_output
 @json_option
-@serving_options
+@engine_options
 def latency(
     path: Path,
     peers: tuple[str, ...],
@@ -86,8 +86,6 @@ def latency(
     contenders = [Contender("native", path), *(parse_contender(peer, path) for peer in peers)]
     if len({one.name for one in contenders}) < len(contenders):
         raise InputError("two contenders have the same name; give each a folder of its own name.")
-    if serving.pop("context") is not None:
-        raise InputError("--context follows from --prompt and --tokens here.")
     settings = Settings(
         *(batch, prompt, tokens, repeats, warmups, seed),
         threads=serving.pop("threads"),

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Command", "Numbers", "fail", "json_option", "print_json", "progress_console", "size"]
 
+_LARGEST = 1 << 24
+
 
 class Command(click.Command):
     """A command whose options may also stand in a YAML file, below flags and environment."""
@@ -101,8 +103,11 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic from 8.4 on
             found = tuple(self._kind(part) for part in str(value).split(","))
         except ValueError:
             found = ()
-        if not found or not all(0 < number < 1 << 24 for number in found):
-            self.fail(f"{value!r} is not one or more positive numbers, as in 1,2,4.", param, ctx)
+        if not found or not all(0 < number < _LARGEST for number in found):
+            self.fail(
+                f"{value!r} is not one or more positive numbers below {_LARGEST}, as in 1,2,4.",
+                *(param, ctx),
+            )
         return tuple(dict.fromkeys(found))
 
 
@@ -118,7 +123,7 @@ def progress_console() -> "Console":
     """Where progress and notes go: stderr."""
     from rich.console import Console
 
-    return Console(stderr=True, soft_wrap=True)
+    return Console(stderr=True, soft_wrap=True, markup=False)
 
 
 def size(count: float) -> str:

@@ -22,7 +22,16 @@ from qexport.errors import InputError, QexportError, UnsupportedError
 from qexport.runtime.child import end_with_parent
 from qexport.version import __version__
 
-__all__ = ["Answers", "Backend", "LlamaServer", "Native", "Options", "Transformers"]
+__all__ = [
+    "Answers",
+    "Backend",
+    "LlamaServer",
+    "Native",
+    "Options",
+    "Transformers",
+    "gguf_file",
+    "llama_server",
+]
 
 _START_SECONDS = 300.0
 
@@ -144,18 +153,28 @@ class Transformers(Backend):
         return Answers([list(row) for row in zip(*found, strict=True)], [times] * len(prompts))
 
 
+def llama_server(options: Options) -> str:
+    """The program. Raises UnsupportedError where it is not there."""
+    found = shutil.which(options.llama or "llama-server")
+    if found is None:
+        where = "is not on the path" if options.llama is None else f"is not {options.llama}"
+        raise UnsupportedError(f"llama.cpp's server {where}; name it with --llama-server.")
+    return found
+
+
+def gguf_file(path: Path) -> Path:
+    """Itself, or the first one of a folder. Raises InputError where there is none."""
+    found = next(iter(sorted(path.glob("*.gguf"))), None) if path.is_dir() else path
+    if found is None or found.suffix != ".gguf":
+        raise InputError(f"{path} holds no GGUF file; `qexport pack --format gguf` makes one.")
+    return found
+
+
 class LlamaServer(Backend):
     """llama.cpp's own server over a GGUF file, asked over HTTP on this machine."""
 
     def __init__(self, path: Path, options: Options) -> None:
-        file = options.llama or shutil.which("llama-server")
-        if file is None or shutil.which(file) is None:
-            raise UnsupportedError(
-                "llama.cpp's llama-server is not on the path; name it with --llama-server."
-            )
-        gguf = next(iter(sorted(path.glob("*.gguf"))), None) if path.is_dir() else path
-        if gguf is None or gguf.suffix != ".gguf":
-            raise InputError(f"{path} holds no GGUF file; `qexport pack --format gguf` makes one.")
+        file, gguf = llama_server(options), gguf_file(path)
         port = _free_port()
         self._url = f"http://127.0.0.1:{port}"
         command = [file, "-m", str(gguf), "--port", str(port), "--host", "127.0.0.1"]

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from qexport.errors import InputError, QexportError, UnsupportedError
-from qexport.runtime.bench.backends import Answers, Options
+from qexport.runtime.bench.backends import Answers, Options, gguf_file, llama_server
 from qexport.runtime.bench.worker import BACKENDS
 
 __all__ = ["Contender", "Running", "parse_contender"]
 
 _EXIT_SECONDS = 30
+_HAS_VLLM = "import importlib.util as u; assert all(map(u.find_spec, ('vllm', 'qexport')))"
 _ERRORS: dict[int, type[QexportError]] = {2: InputError, 4: UnsupportedError}
 
 
@@ -32,6 +33,17 @@ class Contender:
         """For people: `native packed`."""
         return f"{self.backend} {self.path.name or self.path}"
 
+    def check(self, options: Options, python: str | None) -> None:
+        """Raise UnsupportedError where its engine is not here, InputError where it reads no path.
+
+        python   that has vLLM; None: this one
+        """
+        if self.backend == "llama.cpp":
+            llama_server(options)
+            gguf_file(self.path)
+        if self.backend == "vllm":
+            _check_vllm(python or sys.executable)
+
 
 def parse_contender(text: str, default: Path) -> Contender:
     """`vllm` or `vllm=FOLDER`. Raises InputError for another backend."""
@@ -44,15 +56,28 @@ def parse_contender(text: str, default: Path) -> Contender:
     return Contender(backend, found)
 
 
+def _check_vllm(python: str) -> None:
+    try:
+        subprocess.run([python, "-c", _HAS_VLLM], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UnsupportedError(
+            f"{python} has not both vllm and qexport; name a Python that has, by --vllm-python."
+        ) from error
+
+
 class Running:
-    """A contender that is loaded. Raises what its engine says where that fails."""
+    """A contender that is loaded. Raises what its engine says where that fails.
+
+    python   that has vLLM; None: this one
+    """
 
     def __init__(self, contender: Contender, options: Options, python: str | None = None) -> None:
         self.contender = contender
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the worker runs
+        other = python if contender.backend == "vllm" else None
         self._process = subprocess.Popen(
             [
-                *(python or sys.executable, "-m", "qexport.runtime.bench.worker"),
+                *(other or sys.executable, "-m", "qexport.runtime.bench.worker"),
                 *(contender.backend, str(contender.path), json.dumps(asdict(options))),
             ],
             stdin=subprocess.PIPE,

@@ -74,7 +74,12 @@ def measure_kernels(
         "schema": SCHEMA,
         "machine": describe(),
         "device": str(device),
-        "settings": {"repeats": settings.repeats},
+        "settings": {
+            "schemes": [scheme.label for scheme in settings.schemes],
+            "shapes": settings.shapes,
+            "batches": settings.batches,
+            "repeats": settings.repeats,
+        },
         "noise": {"clean": not noise.reasons(), "reasons": noise.reasons()},
         "refused": refused,
         "rows": rows,

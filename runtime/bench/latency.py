@@ -72,6 +72,8 @@ def measure_latency(
     contenders: list[Contender], settings: Settings, tell: Callable[[str], None]
 ) -> dict[str, Any]:
     """Everything of the report, as JSON has it. Raises what a contender's start does."""
+    for contender in contenders:
+        contender.check(settings.options, settings.python)
     checkpoints = [open_checkpoint(contender.path) for contender in contenders]
     vocabulary = min(_vocabulary(checkpoint) for checkpoint in checkpoints)
     running: list[Running] = []
@@ -79,12 +81,11 @@ def measure_latency(
     try:
         for contender in contenders:
             tell(f"loading {contender.name}")
-            python = settings.python if contender.backend == "vllm" else None
-            running.append(Running(contender, settings.options, python))
+            running.append(Running(contender, settings.options, settings.python))
         cells: list[dict[str, Any]] = []
         for sizes in settings.cells:
             tell("batch {}, prompts of {}, {} tokens each".format(*sizes))
-            cells += _measure_cell(running, sizes, vocabulary, settings, noise)
+            cells += _measure_cell(running, sizes, vocabulary, settings, noise, tell)
         peaks = [one.peaks() for one in running]
     finally:
         for one in running:
@@ -129,6 +130,7 @@ def _measure_cell(
     vocabulary: int,
     settings: Settings,
     noise: Noise,
+    tell: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """A row for each contender, with its raw samples."""
     batch, prompt, output = sizes
@@ -146,6 +148,7 @@ def _measure_cell(
                 answers = one.run(prompts, output if repeat >= 0 else min(output, _WARM_TOKENS))
             except QexportError as error:
                 failures[index] = str(error)
+                tell(f"left out from here on: {error}")
                 continue
             noise.end(one.cpu_seconds())
             if repeat >= 0:

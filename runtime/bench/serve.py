@@ -361,7 +361,7 @@ def serve_page(result: dict[str, Any]) -> Page:
     for one in result["levels"]:
         found = [one[name].get(f"p{p}") for name, chosen in shown.items() for p in chosen]
         times = [None if value is None else value * 1e3 for value in found]
-        counts = [one["level"], one["whole"], one["failed"], one["requests_per_second"]]
+        counts = [f"{one['level']:g}", one["whole"], one["failed"], one["requests_per_second"]]
         goods = [one["goodput_per_second"], one["good_share"]]
         rows.append([*counts, one["tokens_per_second"], *goods, *times])
     kind = "requests a second, open loop" if settings["open_loop"] else "clients, closed loop"

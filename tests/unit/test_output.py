@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from qexport.errors import InputError, QexportError
-from qexport.output import atomic_folder, mark, marker
+from qexport.output import atomic_folder, check_writable, mark, marker
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
@@ -54,6 +54,15 @@ def test_a_folder_of_another_is_left_alone(tmp_path: Path) -> None:
         atomic_folder(target / "thesis.tex", "packed"),
     ):
         pass
+
+
+def test_what_cannot_be_made_is_found_before(tmp_path: Path) -> None:
+    """A long job asks first."""
+    (tmp_path / "file").write_text("x")
+    check_writable(tmp_path / "a" / "b", "packed")
+    for target in (tmp_path / "file" / "out", Path("/proc/1/none/out")):
+        with pytest.raises(InputError, match=r"cannot be made in .*; choose another -o"):
+            check_writable(target, "packed")
 
 
 def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from qexport.checkpoint import Checkpoint
 from qexport.errors import QexportError
 from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.pack import pack
-from qexport.runtime.bench.backends import Options
+from qexport.runtime.bench.backends import Answers, Options
+from qexport.runtime.bench.backends import _note as note_llama
 from qexport.runtime.bench.contender import Contender, Running
 from qexport.runtime.bench.latency import SCHEMA, crossovers
 from qexport.runtime.bench.noise import Noise
@@ -163,8 +164,12 @@ def test_mistakes_in_a_sentence(packed: Path, cli: Cli, tmp_path: Path) -> None:
         (2, "same name", "--peer", "native"),
         (2, "is not one or more positive numbers", "--batch", "1,x"),
         (2, "is not one or more positive numbers", "--batch", "0"),
-        (2, "--context follows from", "--context", "64"),
-        (4, "llama-server is not on the path", "--peer", "llama.cpp", "--llama-server", "nowhere"),
+        (2, "positive numbers below 16777216", "--batch", str(1 << 24)),
+        (2, "No such option", "--context", "64"),
+        (4, "server is not nowhere", "--peer", "llama.cpp", "--llama-server", "nowhere"),
+        (2, "holds no GGUF file", "--peer", "llama.cpp", "--llama-server", sys.executable),
+        (4, "--vllm-python", "--peer", "vllm", "--vllm-python", "nowhere"),
+        (4, "--vllm-python", "--peer", "vllm"),
         (2, "the model has a context of 512", "--prompt", "1000"),
         (2, "there is no kernel 'magic'", "--kernel", "magic"),
     ):
@@ -172,6 +177,7 @@ def test_mistakes_in_a_sentence(packed: Path, cli: Cli, tmp_path: Path) -> None:
         assert result.returncode == code, result.stderr
         assert said in result.stderr and "Traceback" not in result.stderr
         assert list(tmp_path.iterdir()) == []
+        assert "loading" not in result.stderr or code == 2
     kept = tmp_path / "mine"
     kept.mkdir()
     (kept / "thesis.txt").write_text("x")
@@ -190,6 +196,19 @@ def test_an_engine_that_dies_is_told(packed: Path, cli: Cli, tmp_path: Path) -> 
     result = cli("bench", "latency", packed, "--peer", f"native={broken}", "--batch", "1")
     assert result.returncode == 1 and "native broken" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_what_llama_server_says_of_tokens() -> None:
+    """Events of its /completion stream: parts of a character come late, with their number alone."""
+    found = Answers([[]], [[]])
+    events = (
+        {"tokens": [40], "content": "I", "tokens_predicted": 1},
+        {"tokens": [9], "content": " é", "tokens_predicted": 4},  # two parts before it
+        {"tokens": [], "content": "", "stop": True, "tokens_predicted": 5},  # the last is a part
+    )
+    for now, event in enumerate(events):
+        note_llama(found, 0, event, float(now))
+    assert found.tokens == [[40, -1, -1, 9, -1]] and found.times == [[0.0, 1.0, 1.0, 1.0, 2.0]]
 
 
 def test_a_worker_that_is_killed(packed: Path) -> None:
