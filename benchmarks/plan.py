@@ -9,6 +9,8 @@ tenths of bfloat16's time, and of int8's.
 
 import argparse
 import json
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,6 @@ from qexport.formats.pack import pack
 from qexport.grid import GRIDS, Scheme
 from qexport.runtime.bench.contender import Contender
 from qexport.runtime.bench.latency import Settings, measure_latency
-from qexport.runtime.bench.machine import process_bytes
 from qexport.runtime.bench.noise import Noise
 from qexport.runtime.families import DecoderConfig, decoder_config
 from qexport.runtime.plan import Model, Times, crossover, memory_bytes
@@ -36,11 +37,20 @@ SCHEMES: dict[str, Scheme | None] = {
 }
 
 
-def predicted(fields: dict[str, Any], batches: tuple[int, ...], noise: Noise) -> dict[str, Any]:
+def empty_process(folder: Path) -> int:
+    """Bytes of a process that has loaded what serves and no model, as `qexport plan` has it."""
+    named = ("--bits", "4", "--cpu", "epyc-9654", "--json")
+    command = [sys.executable, "-m", "qexport", "plan", str(folder), *named]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    return int(found["runtime_bytes"])
+
+
+def predicted(folder: Path, batches: tuple[int, ...], noise: Noise) -> dict[str, Any]:
     """Of each scheme: {ttft, step, memory}."""
+    fields = read_config(folder)
     sizes = decoder_config(fields)
     assert isinstance(sizes, DecoderConfig)
-    base, model = process_bytes(), Model(sizes)
+    base, model = empty_process(folder), Model(sizes)
     context = PROMPT + MADE // 2
     found: dict[str, Any] = {}
     for name, scheme in SCHEMES.items():
@@ -92,7 +102,7 @@ def main() -> None:
         work = Path(folder)
         dense = dense_model(asked.shape, work)
         noise = Noise()
-        plan = predicted(read_config(dense.folder), batches, noise)
+        plan = predicted(dense.folder, batches, noise)
         folders = {"bfloat16": dense.folder}
         for name, scheme in SCHEMES.items():
             if scheme is not None:
