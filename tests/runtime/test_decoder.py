@@ -250,7 +250,10 @@ def test_what_does_not_fit_is_refused(
 
 
 def test_what_is_left_to_transformers() -> None:
-    base: dict[str, Any] = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4}
+    base: dict[str, Any] = {
+        **{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 8},
+        **{"intermediate_size": 64, "num_hidden_layers": 1},
+    }
     cases: dict[str, dict[str, Any]] = {
         "'gpt2' is no family": {"model_type": "gpt2"},
         "its activation is gelu": {**base, "hidden_act": "gelu"},
