@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from qexport.checkpoint import Checkpoint
 from qexport.errors import CheckpointError, InputError
 
-__all__ = ["build_model", "load_tokenizer"]
+__all__ = ["build_model", "load_tokenizer", "meta_model"]
 
 _UNTRUSTED = ("model_type", "auto_map", "attn_implementation", "_attn_implementation")
 
@@ -55,6 +55,15 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, read: Callable[[str]
     if (checkpoint.folder / "generation_config.json").is_file():
         model.generation_config = _generation_config(checkpoint.folder)
     return model
+
+
+def meta_model(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's model without its weights. Raises InputError as `build_model` does."""
+    config = _config(checkpoint)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(f"{checkpoint.folder}: {config.model_type} is no causal language model.")
+    with torch.device("meta"):
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
 
 
 def _generation_config(folder: Path) -> Any:

@@ -3,13 +3,14 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from qexport.errors import InputError, QexportError
 from qexport.version import __version__
@@ -18,6 +19,7 @@ __all__ = [
     "MARKER",
     "atomic_folder",
     "check_writable",
+    "growing_file",
     "mark",
     "marker",
     "resumable_folder",
@@ -26,7 +28,16 @@ __all__ = [
 ]
 
 MARKER = "qexport.json"
-_WORKING = ("checkpoint-", ".checkpoint-", "logs", ".final", ".lock", f".{MARKER}")
+_WORKING = (
+    "checkpoint-",
+    ".checkpoint-",
+    "logs",
+    ".final",
+    ".lock",
+    ".blocks",
+    ".teacher",
+    f".{MARKER}",
+)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -170,6 +181,33 @@ def _same_file(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except OSError:
         return False
+
+
+@contextlib.contextmanager
+def growing_file(target: Path, fingerprint: str) -> Iterator[tuple[TextIO, list[str]]]:
+    """A file of lines that appears as `target` when the block succeeds, and what it has already.
+
+    Until then it stands beside it, under a name that the `fingerprint` of its content is part of:
+    the same command goes on after the last whole line that a killed one has left. Raises InputError
+    where `target` exists, QexportError where the disk is full or read-only.
+    """
+    if target.exists():
+        raise InputError(f"{target} exists; choose another -o or remove it.")
+    digest = hashlib.sha256(fingerprint.encode()).hexdigest()[:12]
+    part = target.absolute().with_name(f".{target.name}.{digest}.part")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        file = part.open("a+", encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise _cannot_create(target, error) from error
+    with file, disk_errors(target):
+        file.seek(0)
+        lines = [line for line in file.readlines() if line.endswith("\n")]
+        file.truncate(sum(len(line.encode()) for line in lines))
+        yield file, lines
+        file.flush()
+        os.fsync(file.fileno())
+        part.replace(target)
 
 
 def _cannot_create(target: Path, error: OSError) -> QexportError:

@@ -27,8 +27,11 @@ from qexport.errors import CheckpointError
 from qexport.grid import BINARY, INT3, INT4, SEQ2, TERNARY, Grid, Scheme
 from qexport.tensor import QuantizedTensor, portable, quantize
 
+Gradient = Literal["paper", "stable"]
+
 __all__ = [
     "WIDTHS",
+    "Gradient",
     "Width",
     "effective_scale",
     "fake_quantize",
@@ -39,6 +42,7 @@ __all__ = [
 ]
 
 _SMALLEST_ALPHA = 1e-5
+_STABLE_DAMPING = 0.21 * math.sqrt(2) * math.pi  # StableQAT's amplitude, in units of the slope
 _SHRINK_FACTORS = 32
 _SEARCH_CHUNK = 1 << 18  # weights searched at a time, so that the candidates stay in the cache
 
@@ -83,26 +87,35 @@ def effective_scale(alpha: Tensor, scheme: Scheme) -> Tensor:
     return scale if scheme.scale_dtype == torch.float32 else portable(scale)
 
 
-def fake_quantize(weight: Tensor, alpha: Tensor, scheme: Scheme) -> Tensor:
+def fake_quantize(
+    weight: Tensor, alpha: Tensor, scheme: Scheme, gradient: Gradient = "paper"
+) -> Tensor:
     """`quantize(weight, scale).dequantize()` with ParetoQ's gradients.
 
     weight float32 [out, in], alpha float32 [out, groups]; returns float32 [out, in].
+
+    gradient   of rounding: the `paper`'s is that of the identity. `stable` is StableQAT's
+               (arXiv 2601.19320): the staircase, seen along its diagonal, is a triangle wave, and
+               the slope of its first, damped harmonic is near nothing in the middle of a step and
+               that of the identity where two steps meet
     """
-    out: Tensor = _FakeQuantize.apply(weight, alpha, scheme)  # type: ignore[no-untyped-call]
+    out: Tensor = _FakeQuantize.apply(weight, alpha, scheme, gradient)  # type: ignore[no-untyped-call]
     return out
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, alpha: Tensor, scheme: Scheme) -> Tensor:
+    def forward(
+        ctx: Any, weight: Tensor, alpha: Tensor, scheme: Scheme, gradient: Gradient
+    ) -> Tensor:
         scale = effective_scale(alpha, scheme)
         quantized = quantize(weight, scale, scheme)
         ctx.save_for_backward(weight, scale, quantized.codes)  # a byte a weight, not four
-        ctx.scheme = scheme
+        ctx.scheme, ctx.gradient = scheme, gradient
         return quantized.dequantize()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         weight, scale, codes = ctx.saved_tensors
         width = width_of(ctx.scheme)
         assert width.grid.zero is not None
@@ -111,7 +124,12 @@ class _FakeQuantize(torch.autograd.Function):
         grad, weight = grad.view(out, groups, -1), weight.view(out, groups, -1)
         units = weight / alpha
         outside = (units < width.low).logical_or_(units > width.high)
-        grad_weight = grad.masked_fill(outside, 0).view(codes.shape)
+        slopes = None
+        if ctx.gradient == "stable":
+            slopes = _stable_slopes(units / width.step, codes.view(grad.shape), width.grid.zero)
+            grad_weight = (grad * slopes).masked_fill_(outside, 0).view(codes.shape)
+        else:
+            grad_weight = grad.masked_fill(outside, 0).view(codes.shape)
         # dL/dalpha is the sum of grad * (quantized/alpha - (inside ? weight/alpha : 0)). A portable
         # scale makes `quantized` exact in float32, so that the difference keeps its digits where
         # the two are close; any other scale needs float64 for that.
@@ -119,10 +137,21 @@ class _FakeQuantize(torch.autograd.Function):
         slope = codes.to(wide).view(out, groups, -1).sub_(width.grid.zero)
         slope.mul_(scale.unsqueeze(-1))
         if width.grid is not BINARY:
-            slope.sub_(weight.masked_fill(outside, 0))
+            inside = weight.masked_fill(outside, 0)
+            slope.sub_(inside if slopes is None else inside * slopes)
         gradient_scale = 1.0 / math.sqrt(weight.numel() * width.qp)
         grad_alpha = slope.div_(alpha).mul_(grad).sum(-1).mul_(gradient_scale)
-        return grad_weight, grad_alpha.to(scale.dtype), None
+        return grad_weight, grad_alpha.to(scale.dtype), None, None
+
+
+def _stable_slopes(units: Tensor, codes: Tensor, zero: float) -> Tensor:
+    """d round(v) / d v of StableQAT for v = units of a step: 2 / (1 + c cos(pi (v + round v))) - 1.
+
+    Half-integer grids round v - 1/2, so that both terms move by a half.
+    """
+    middle = 2 * (zero % 1)
+    angle = (units + codes.to(units.dtype) - (zero + middle)).mul_(math.pi)
+    return angle.cos_().mul_(_STABLE_DAMPING).add_(1).reciprocal_().mul_(2).sub_(1)
 
 
 def initial_alpha(weight: Tensor, scheme: Scheme, rule: Literal["paper", "mse"]) -> Tensor:

@@ -14,6 +14,7 @@ __all__ = ["main"]
 
 # Listed in the order in which one uses them; the text is here so that --help imports nothing.
 COMMANDS = {
+    "data": "Let a model write its own training text.",
     "train": "Train a model on a low-bit grid (ParetoQ QAT) into a RUN.",
     "pack": "Write a RUN in a format that engines read, and verify it.",
     "verify": "Prove that a packed checkpoint is, bit for bit, its source.",

@@ -18,14 +18,33 @@ A run that was killed goes on from its last checkpoint when the same command is 
 
 @click.command(cls=Command, epilog=_EPILOG)
 @click.argument("model", required=False)
-@click.option("--data", help="builtin, a .jsonl or .txt file, or a hub dataset id.")
+@click.option(
+    "--data",
+    multiple=True,
+    metavar="SOURCE[=WEIGHT]",
+    help="builtin, a .jsonl or .txt file, or a hub dataset id; several are mixed.",
+)
 @click.option("--bits", type=click.Choice(["1", "1.58", "2", "3", "4"]), help="Width of a weight.")
 @click.option("--group-size", default=-1, help="Inputs that share a scale; -1 is per channel.")
 @click.option("--max-steps", type=int, help="Optimizer steps; default one pass over the data.")
 @click.option("--max-length", default=512, show_default=True, help="Tokens in a window.")
 @click.option("--batch-size", default=4, show_default=True, help="Windows in a forward pass.")
 @click.option("--gradient-accumulation", default=1, show_default=True, help="Passes in a step.")
-@click.option("--lr", type=float, help="Peak rate; default 2e-5 up to 2 bits, 1e-5 above.")
+@click.option("--recipe", default="paretoq", show_default=True, help="Sets what follows.")
+@click.option("--lr", type=float, help="Peak rate of weights.")
+@click.option("--scale-lr", type=float, help="Peak rate of scales.")
+@click.option("--distill", type=float, help="Share of the loss that is KL from the dense model.")
+@click.option("--temperature", type=float, help="Of both models in that divergence.")
+@click.option("--gradient", type=click.Choice(["paper", "stable"]), help="Of rounding.")
+@click.option("--mix-steps", type=int, help="Pull weights to their codes every so many steps.")
+@click.option("--mix", type=float, help="Share of a weight that is kept then.")
+@click.option("--block-epochs", type=int, help="Passes of the block-wise start; 0 for none.")
+@click.option("--block-windows", type=int, help="Windows that it takes.")
+@click.option("--block-lr", type=float, help="Its peak rate of weights.")
+@click.option("--block-scale-lr", type=float, help="Its peak rate of scales.")
+@click.option("--phase", type=click.Choice(["all", "block", "end"]), default="all")
+@click.option("--teacher", type=click.Choice(["cached", "live"]), default="cached")
+@click.option("--teacher-top-k", default=64, show_default=True, help="Tokens it tells; 0 for all.")
 @click.option("--warmup", default=0.05, show_default=True, help="Share of steps that warm up.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1))
 @click.option("--eval-data", help="Held-out text; default a part of --data.")
@@ -62,7 +81,7 @@ def command(model: str | None, smoke: bool, dry_run: bool, as_json: bool, **opti
         _smoke(as_json)
         return
     for name, value in (("MODEL", model), *((f"--{n}", options[n]) for n in _REQUIRED)):
-        if value is None:
+        if not value:
             raise click.UsageError(f"Missing {name}.", click.get_current_context())
     from qexport.hub import local_folder
     from qexport.train import TrainConfig, train

@@ -1,6 +1,6 @@
 """What a training run is asked to do, checked before anything heavy starts."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,7 +8,8 @@ import torch
 
 from qexport.errors import InputError
 from qexport.grid import Scheme
-from qexport.paretoq import WIDTHS
+from qexport.paretoq import WIDTHS, Gradient
+from qexport.train.recipe import RECIPES, Recipe
 
 __all__ = ["TrainConfig"]
 
@@ -20,17 +21,22 @@ _FREE_FIELDS = ("output", "resume", "save_steps", "log_steps")
 class TrainConfig:
     """Settings of one run.
 
-    model, output          folders; data, eval_data as in `qexport.data.documents`
+    model, output          folders
+    data, eval_data        as in `qexport.data.documents`; several of data are mixed, by the weights
+                           of SOURCE=WEIGHT or else by their sizes
     bits                   "1", "1.58", "2", "3" or "4"; group_size None is per channel
     max_steps              optimizer steps; None is one pass over the data
     max_length             tokens in a window; batch_size windows in a forward pass
     gradient_accumulation  forward passes in a step
-    lr                     peak learning rate; None is the paper's 2e-5 up to 2 bits, else 1e-5
     warmup                 share of the steps in which the rate rises, before its cosine falls
+    recipe                 name in RECIPES; lr to block_scale_lr are its own where they are None
+    phase                  the block-wise start alone, end to end alone, or both
+    teacher                whether the dense model stays in memory, or what it says is kept on disk;
+                           of its `teacher_top_k` likeliest tokens (0: of all)
     """
 
     model: Path
-    data: str
+    data: str | tuple[str, ...]
     output: Path
     bits: str
     group_size: int | None = None
@@ -38,8 +44,22 @@ class TrainConfig:
     max_length: int = 512
     batch_size: int = 4
     gradient_accumulation: int = 1
-    lr: float | None = None
     warmup: float = 0.05
+    recipe: str = "paretoq"
+    lr: float | None = None
+    scale_lr: float | None = None
+    distill: float | None = None
+    temperature: float | None = None
+    gradient: Gradient | None = None
+    mix_steps: int | None = None
+    mix: float | None = None
+    block_epochs: int | None = None
+    block_windows: int | None = None
+    block_lr: float | None = None
+    block_scale_lr: float | None = None
+    phase: Literal["all", "block", "end"] = "all"
+    teacher: Literal["cached", "live"] = "cached"
+    teacher_top_k: int = 64
     seed: int = 0
     eval_data: str | None = None
     scale_init: Literal["paper", "mse"] = "mse"
@@ -57,8 +77,28 @@ class TrainConfig:
             raise InputError(f"--group-size {self.group_size} is not a group; use -1 per channel.")
         if self.max_steps is not None and self.max_steps < 0:
             raise InputError(f"--max-steps {self.max_steps} is negative.")
-        if self.lr is not None and not 0 < self.lr < 1:
-            raise InputError(f"--lr {self.lr} is not between 0 and 1.")
+        weighted = [weight is not None for _, weight in self.sources]
+        if not weighted or any(weighted) != all(weighted):
+            raise InputError("--data: give a weight to every source, as in FILE=0.5, or to none.")
+        if self.recipe not in RECIPES:
+            raise InputError(f"there is no --recipe {self.recipe}; there are {', '.join(RECIPES)}.")
+        for name in ("lr", "scale_lr", "block_lr", "block_scale_lr"):
+            if not 0 < getattr(self.settings, name) < 1:
+                raise InputError(f"{_flag(name, self)} is not between 0 and 1.")
+        for name in ("distill", "mix"):
+            if not 0 <= getattr(self.settings, name) <= 1:
+                raise InputError(f"{_flag(name, self)} is not a share from 0 to 1.")
+        if not 0 < self.settings.temperature < 100:
+            raise InputError(f"{_flag('temperature', self)} is not between 0 and 100.")
+        for name in ("mix_steps", "block_epochs"):
+            if getattr(self.settings, name) < 0:
+                raise InputError(f"{_flag(name, self)} is negative.")
+        if self.settings.block_windows < 1:
+            raise InputError(f"{_flag('block_windows', self)} is less than 1.")
+        if self.teacher_top_k < 0:
+            raise InputError(f"--teacher-top-k {self.teacher_top_k} is negative.")
+        if self.phase == "block" and not self.settings.block_epochs:
+            raise InputError(f"--phase block: {self.recipe} has none; give --block-epochs too.")
         if not 0 <= self.warmup < 1:
             raise InputError(f"--warmup {self.warmup} is not a share between 0 and 1.")
         for name in ("max_length", "batch_size", "gradient_accumulation", "save_steps"):
@@ -73,10 +113,17 @@ class TrainConfig:
         return Scheme(WIDTHS[self.bits].grid, self.group_size, dtype)
 
     @property
-    def learning_rate(self) -> float:
-        if self.lr is not None:
-            return self.lr
-        return 1e-5 if self.bits in ("3", "4") else 2e-5
+    def sources(self) -> list[tuple[str, float | None]]:
+        """Names of the data, and weights where they are given: for all, or for none."""
+        names = (self.data,) if isinstance(self.data, str) else self.data
+        return [_parse_source(name) for name in names]
+
+    @property
+    def settings(self) -> Recipe:
+        """The recipe's, with what was given in their place."""
+        given = {field.name: getattr(self, field.name) for field in fields(Recipe)}
+        own = {name: value for name, value in given.items() if value is not None}
+        return replace(RECIPES[self.recipe][self.bits], **own)
 
     @property
     def tokens_per_step(self) -> int:
@@ -84,15 +131,38 @@ class TrainConfig:
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for one run to continue another, as it stands in the marker."""
-        fields = {key: v for key, v in asdict(self).items() if key not in _FREE_FIELDS}
-        fields["model"] = str(self.model.resolve())
-        fields["model_files"] = [_state(path) for path in sorted(self.model.glob("*.safetensors"))]
-        for name in ("data", "eval_data"):
-            path = Path(fields[name] or "")
-            if path.is_file():
-                fields[name] = str(path.resolve())
-                fields[f"{name}_file"] = _state(path)
-        return fields
+        found = {key: v for key, v in asdict(self).items() if key not in _FREE_FIELDS}
+        found["settings"] = asdict(self.settings)  # a recipe that has changed is another one
+        found["model"] = str(self.model.resolve())
+        found["model_files"] = [_state(path) for path in sorted(self.model.glob("*.safetensors"))]
+        found["data"] = [_resolved(name, weight) for name, weight in self.sources]
+        if self.eval_data is not None:
+            found["eval_data"] = _resolved(self.eval_data, None)
+        return found
+
+
+def _flag(name: str, config: TrainConfig) -> str:
+    return f"--{name.replace('_', '-')} {getattr(config.settings, name)}"
+
+
+def _parse_source(text: str) -> tuple[str, float | None]:
+    """`SOURCE` or `SOURCE=WEIGHT`. Raises InputError for a weight that is not positive."""
+    name, sign, weight = text.rpartition("=")
+    try:
+        found = float(weight)
+    except ValueError:
+        return text, None
+    if not sign:
+        return text, None
+    if not 0 < found < float("inf"):
+        raise InputError(f"--data {text}: its weight is not a positive number.")
+    return name, found
+
+
+def _resolved(name: str, weight: float | None) -> list[Any]:
+    """A source as it can be told from another: a file by its place, size and time."""
+    path = Path(name)
+    return [str(path.resolve()), weight, _state(path)] if path.is_file() else [name, weight, None]
 
 
 def _state(path: Path) -> list[int]:

@@ -1,11 +1,7 @@
 """The training loop: transformers' Trainer with our state on disk, from a model to a RUN."""
 
 import contextlib
-import fcntl
-import json
 import math
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +9,19 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from qexport.checkpoint import CONFIG_VERSION, Checkpoint, Modules, modules_to_json, open_source
-from qexport.data import documents, hold_out, tokenize, windows
-from qexport.errors import CheckpointError, DataError, InputError, QexportError
+from qexport.checkpoint import Checkpoint, open_source
+from qexport.errors import CheckpointError, InputError
 from qexport.modelling import build_model, load_tokenizer
-from qexport.output import check_writable, disk_errors, mark, marker, strangers, write_json
-from qexport.shards import ShardWriter
+from qexport.output import disk_errors, mark
 from qexport.train import state
+from qexport.train.block import load_blocks
 from qexport.train.config import TrainConfig
+from qexport.train.phases import make_teacher, start_by_blocks
 from qexport.train.prepare import prepare, run_tensors
 from qexport.train.progress import ProgressReport
-from qexport.train.trainer import QatTrainer, ShuffledWindows, make_trainer
+from qexport.train.run_folder import BLOCKS, claimed, finished, write_run
+from qexport.train.text import MixedWindows, load_text
+from qexport.train.trainer import QatTrainer, make_trainer
 
 __all__ = ["train"]
 
@@ -37,35 +35,43 @@ def train(config: TrainConfig, console: Console, *, dry_run: bool = False) -> di
     is written where the model, the data or the output folder will not do.
     """
     source = _dense_source(config.model)
-    finished = _finished(config)
-    if finished is not None:
+    found = finished(config)
+    if found is not None:
         console.print(f"{config.output} is finished already; --no-resume trains it anew.")
-        return finished
+        return found
     tokenizer = load_tokenizer(config.model)
-    training, held_out = _load_windows(config, tokenizer)
+    text = load_text(config, tokenizer)
+    training = text.rows
     max_steps = config.max_steps
     if max_steps is None:
         per_step = config.batch_size * config.gradient_accumulation
         max_steps = max(1, len(training) // per_step)
+    if config.phase == "block":
+        max_steps = 0
     precision = _precision(config)
     model, stored = _load_model(source)
     _check_fit(config, model, training)
-    modules = prepare(model, config.scheme, config.scale_init, stored)
-    _check_names(source, model, stored)
     _announce(console, config, model, training, max_steps, precision)
+    modules = prepare(model, config.scheme, config.scale_init, stored, config.settings.gradient)
+    _check_names(source, model, stored)
     if dry_run:
         return {"steps": max_steps, "tokens": max_steps * config.tokens_per_step}
-    with _claimed(config) as run, disk_errors(run):
+    with claimed(config) as run, disk_errors(run):
         resumed = state.last_checkpoint(run)
         if resumed is not None:
             console.print(f"resuming from {resumed.name}")
+        elif config.phase != "end" and config.settings.block_epochs:
+            start_by_blocks(config, source, stored, training, precision, run, console)
+            load_blocks(run / BLOCKS, model)
         report = ProgressReport(console, config.tokens_per_step)
-        trainer = make_trainer(config, model, training, max_steps, precision, report)
+        trainer = make_trainer(config, model, text, max_steps, precision, report)
         if max_steps:
+            if config.settings.distill:
+                trainer.teacher = make_teacher(config, source, trainer, training, run, console)
             with contextlib.closing(report):
                 trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
-        results = _results(trainer, config, max_steps, held_out)
-        _write_run(run, source, model, modules, stored, trainer, results)
+        results = _results(trainer, config, max_steps, text.held_out)
+        write_run(run, source, modules, run_tensors(model, stored), results, trainer.state)
         mark(run, "run", status="finished", settings=config.identity())
         state.drop_checkpoints(run)
     return results
@@ -76,102 +82,6 @@ def _dense_source(folder: Path) -> Checkpoint:
     if source is None or source.layout != "dense":
         raise InputError(f"{folder} is quantized already; train from a dense checkpoint.")
     return source
-
-
-def _finished(config: TrainConfig) -> dict[str, Any] | None:
-    """The results of an equal run that is finished. Raises InputError over another run's folder."""
-    check_writable(config.output, "run")
-    found = marker(config.output)
-    if found is None or not config.resume:
-        return None
-    mine, theirs = config.identity(), found.get("settings")
-    if not isinstance(theirs, dict):
-        raise CheckpointError(f"{config.output}/qexport.json is damaged; --no-resume starts over.")
-    for key, value in mine.items():
-        if theirs.get(key) != value:
-            raise InputError(
-                f"{config.output} holds another run ({key} {theirs.get(key)!r}, now {value!r}); "
-                "choose another -o, or --no-resume to start over."
-            )
-    if found.get("status") != "finished":
-        return None
-    try:
-        results: dict[str, Any] = json.loads((config.output / "all_results.json").read_text())
-    except ValueError as error:
-        raise CheckpointError(
-            f"{config.output}/all_results.json is damaged; --no-resume starts over."
-        ) from error
-    return results
-
-
-@contextlib.contextmanager
-def _claimed(config: TrainConfig) -> Iterator[Path]:
-    """The run folder, ours alone for the block; removed on failure while it holds no checkpoint."""
-    run = config.output
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise QexportError(
-            f"{run} cannot be made ({error.strerror}); choose another -o."
-        ) from error
-    lock = (run / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise InputError(f"another process is training {run}; wait for it or stop it.") from None
-    try:
-        if not config.resume:
-            _clear(run)
-        state.drop_checkpoints(run, keep=1)
-        if marker(run) is None:
-            mark(run, "run", status="training", settings=config.identity())
-        yield run
-    finally:
-        found = marker(run)
-        if (found is None or found.get("status") != "finished") and not state.last_checkpoint(run):
-            _clear(run)
-            (run / ".lock").unlink(missing_ok=True)
-            if not any(run.iterdir()):
-                run.rmdir()
-        else:
-            (run / ".lock").unlink(missing_ok=True)
-        lock.close()
-
-
-def _clear(run: Path) -> None:
-    """Remove what we wrote into a run folder that we hold the lock of, and nothing else."""
-    kept = {*strangers(run), ".lock"}
-    for path in run.iterdir():
-        if path.name in kept:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-def _load_windows(config: TrainConfig, tokenizer: Any) -> tuple[Tensor, Tensor | None]:
-    """Training windows, and held-out ones where there is text enough for one."""
-    if config.eval_data is not None:
-        texts = list(documents(config.data, "train", tokenizer))
-        held = list(documents(config.eval_data, "eval", tokenizer))
-    elif config.data == "builtin":
-        texts = list(documents("builtin", "train", tokenizer))
-        held = list(documents("builtin", "eval", tokenizer))
-    else:
-        texts, held = hold_out(list(documents(config.data, "train", tokenizer)))
-    if not texts:
-        texts, held = held, []
-    training = windows(tokenize(texts, tokenizer), config.max_length)
-    if config.eval_data is not None:
-        return training, windows(tokenize(held, tokenizer), config.max_length)
-    try:
-        return training, windows(tokenize(held, tokenizer), config.max_length)
-    except DataError:
-        # Too few documents to hold out: the last windows of the text, where it has enough.
-        count = len(training) // 20
-        return (training[:-count], training[-count:]) if count else (training, None)
 
 
 def _load_model(source: Checkpoint) -> tuple[Any, torch.dtype]:
@@ -239,7 +149,7 @@ def _announce(
     )
     console.print(
         f"{max_steps} steps of {config.tokens_per_step:,} tokens at a peak rate of "
-        f"{config.learning_rate:g}; {training.numel():,} tokens of text, "
+        f"{config.settings.lr:g}; {training.numel():,} tokens of text, "
         f"{max_steps * config.tokens_per_step / training.numel():.2f} passes",
         highlight=False,
     )
@@ -258,42 +168,8 @@ def _results(
         "train_runtime": summary[-1]["train_runtime"] if summary else None,
     }
     if held_out is not None:
-        dataset = ShuffledWindows(held_out, len(held_out), 0)
+        dataset = MixedWindows(held_out, len(held_out), 0)
         loss = trainer.evaluate(dataset)["eval_loss"]
         results |= {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
         results["eval_tokens"] = held_out.numel()
     return results
-
-
-def _write_run(
-    run: Path,
-    source: Checkpoint,
-    model: Any,
-    modules: Modules,
-    stored: torch.dtype,
-    trainer: QatTrainer,
-    results: dict[str, Any],
-) -> None:
-    """Write the RUN beside its checkpoints; config.json, which makes it readable, comes last."""
-    staging = run / ".final"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    writer = ShardWriter(staging)
-    for name, tensor in run_tensors(model, stored):
-        writer.add(name, tensor)
-    writer.close()
-    source.copy_files(staging)
-    trainer.state.save_to_json(str(staging / "trainer_state.json"))
-    evaluation = {key: value for key, value in results.items() if key.startswith("eval_")}
-    write_json(staging / "all_results.json", results)
-    write_json(staging / "eval_results.json", evaluation)
-    quantization = {
-        "quant_method": "qexport",
-        "format": "latent",
-        "version": CONFIG_VERSION,
-        "config_groups": modules_to_json(modules),
-    }
-    write_json(staging / "config.json", {**source.config, "quantization_config": quantization})
-    for file in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
-        file.replace(run / file.name)
-    staging.rmdir()

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from qexport.checkpoint import Modules
 from qexport.errors import CheckpointError, InputError
 from qexport.grid import Scheme
-from qexport.paretoq import effective_scale, fake_quantize, initial_alpha
+from qexport.paretoq import Gradient, effective_scale, fake_quantize, initial_alpha
 
 __all__ = ["FakeQuantize", "StoredAs", "prepare", "run_tensors"]
 
@@ -27,13 +27,20 @@ QUANTIZED_LAYERS = frozenset(
 class FakeQuantize(nn.Module):
     """Reads a master weight [out, in] as its quantized value; owns the learned alpha."""
 
-    def __init__(self, weight: Tensor, scheme: Scheme, scale_init: Literal["paper", "mse"]) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        scheme: Scheme,
+        scale_init: Literal["paper", "mse"],
+        gradient: Gradient = "paper",
+    ) -> None:
         super().__init__()
         self.scheme = scheme
+        self.gradient = gradient
         self.alpha = nn.Parameter(initial_alpha(weight, scheme, scale_init))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return fake_quantize(weight, self.alpha, self.scheme)
+        return fake_quantize(weight, self.alpha, self.scheme, self.gradient)
 
     def scales(self) -> Tensor:
         """The stored scales [out, groups], exact in `scheme.scale_dtype`."""
@@ -63,7 +70,11 @@ class _Round(torch.autograd.Function):
 
 
 def prepare(
-    model: nn.Module, scheme: Scheme, scale_init: Literal["paper", "mse"], stored: torch.dtype
+    model: nn.Module,
+    scheme: Scheme,
+    scale_init: Literal["paper", "mse"],
+    stored: torch.dtype,
+    gradient: Gradient = "paper",
 ) -> Modules:
     """Parametrize an fp32 `model` in place; returns scheme and shape of every quantized module.
 
@@ -87,7 +98,7 @@ def prepare(
     for name, module in list(model.named_modules()):
         for parameter, value in list(module.named_parameters(recurse=False)):
             if name in layers and parameter == "weight":
-                reader: nn.Module = FakeQuantize(value, scheme, scale_init)
+                reader: nn.Module = FakeQuantize(value, scheme, scale_init, gradient)
             elif stored != torch.float32:
                 reader = StoredAs(stored)
             else:

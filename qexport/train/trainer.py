@@ -6,45 +6,73 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from qexport.errors import QexportError
 from qexport.train import state
 from qexport.train.config import TrainConfig
+from qexport.train.distill import SoftTargets, Teacher, distillation_loss
+from qexport.train.mix import Mixing
 from qexport.train.progress import ProgressReport, TensorBoardLog
+from qexport.train.recipe import Recipe
+from qexport.train.text import MixedWindows, Text
 
-__all__ = ["QatTrainer", "ShuffledWindows", "make_trainer"]
-
-
-class ShuffledWindows(Dataset[dict[str, Tensor]]):
-    """Windows [n, length] in a seeded order, a new one for each pass, `total` items long.
-
-    The order is a function of the index alone, so that a resumed run sees what it would have seen.
-    """
-
-    def __init__(self, rows: Tensor, total: int, seed: int) -> None:
-        self._rows = rows
-        self._total = total
-        self._seed = seed
-        self._pass = -1
-        self._order = torch.empty(0, dtype=torch.int64)
-
-    def __len__(self) -> int:
-        return self._total
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        number, position = divmod(index, len(self._rows))
-        if number != self._pass:
-            generator = torch.Generator().manual_seed(self._seed + (number << 32))
-            self._order = torch.randperm(len(self._rows), generator=generator)
-            self._pass = number
-        row = self._rows[self._order[position]]
-        return {"input_ids": row, "labels": row}
+__all__ = ["QatTrainer", "make_trainer"]
 
 
 class QatTrainer(Trainer):
-    """Trainer with our checkpoints (`qexport.train.state`) and the dataset's own order."""
+    """Trainer with our checkpoints (`qexport.train.state`) and the dataset's own order.
+
+    settings   rates and loss; teacher: who answers where part of the loss is distillation
+    """
+
+    settings: Recipe
+    optimizer: Any
+    teacher: Teacher | None = None
+    loss_is_scaled_for_ga = True
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Cross-entropy, and in training the divergence from the teacher."""
+        window = inputs.pop("window")
+        if self.teacher is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        tokens, labels = inputs["input_ids"], inputs["labels"]
+        outputs = model(input_ids=tokens, use_cache=False)
+        targets = self.teacher.targets(window, tokens)
+        labels = labels[:, 1:].flatten()
+        count = num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum()
+        loss = distillation_loss(
+            outputs.logits[:, :-1].flatten(0, 1),
+            labels,
+            SoftTargets(*(part[:, :-1].flatten(0, 1) for part in targets)),
+            self.settings.distill,
+            self.settings.temperature,
+        )
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # DDP takes the mean of what each counted
+        return (loss / count, outputs) if return_outputs else loss / count
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW without decay, with a rate of their own for scales."""
+        if self.optimizer is None:
+            named = list((self.model if model is None else model).named_parameters())
+            scales = [p for name, p in named if name.endswith(".alpha")]
+            others = [p for name, p in named if not name.endswith(".alpha")]
+            kind, arguments = self.get_optimizer_cls_and_kwargs(self.args)
+            groups = [
+                {"params": others, "lr": self.settings.lr},
+                {"params": scales, "lr": self.settings.scale_lr},
+            ]
+            self.optimizer = kind(groups, **{**arguments, "weight_decay": 0.0})
+        made: torch.optim.Optimizer = self.optimizer
+        return made
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
@@ -109,12 +137,12 @@ class _LossSoFar(TrainerCallback):
 def make_trainer(
     config: TrainConfig,
     model: nn.Module,
-    training: Tensor,
+    text: Text,
     max_steps: int,
     precision: str,
     report: ProgressReport,
 ) -> QatTrainer:
-    """A trainer for a prepared `model` over windows [n, max_length], told of by `report`."""
+    """A trainer for a prepared `model` over a text's windows, told of by `report`."""
     arguments = TrainingArguments(
         output_dir=str(config.output),
         max_steps=max(max_steps, 1),
@@ -123,7 +151,7 @@ def make_trainer(
         gradient_accumulation_steps=config.gradient_accumulation,
         gradient_checkpointing=config.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        learning_rate=config.learning_rate,
+        learning_rate=config.settings.lr,
         lr_scheduler_type="cosine",
         warmup_steps=int(max_steps * config.warmup),
         weight_decay=0.0,
@@ -142,8 +170,11 @@ def make_trainer(
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would multiply the batch
     total = max(max_steps, 1) * config.batch_size * config.gradient_accumulation
-    dataset = ShuffledWindows(training, total, config.seed)
+    dataset = MixedWindows(text.rows, total, config.seed, text.sizes, text.weights)
     trainer = QatTrainer(model=model, args=arguments, train_dataset=dataset)
+    trainer.settings = config.settings
+    if config.settings.mix_steps:
+        trainer.add_callback(Mixing(config.settings.mix_steps, config.settings.mix))
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(callback)

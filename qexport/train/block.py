@@ -1,0 +1,252 @@
+"""The block-wise start: every decoder block is trained to do what its dense self does.
+
+Two streams of activations run through the model, one block after the other: the dense model's, and
+that of the blocks quantized so far. A block sees the second and is trained against what the dense
+block makes of the first, so that it mends what those before it have lost (EfficientQAT, Chen et al.
+2024, Block-AP). One block, and the two streams on the disk, are all that is held at a time.
+
+Streams and finished blocks stand in a folder; a run that was killed goes on with the block that it
+was in.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qexport.checkpoint import Checkpoint
+from qexport.grid import Scheme
+from qexport.modelling import meta_model
+from qexport.output import write_json
+from qexport.paretoq import Gradient
+from qexport.train.prepare import prepare
+
+__all__ = ["DONE", "BlockSettings", "Blocks", "load_blocks", "train_blocks"]
+
+_STREAM = torch.bfloat16
+DONE = "blocks.json"
+
+
+@dataclass(frozen=True)
+class BlockSettings:
+    """How a block is trained.
+
+    epochs           passes over the windows; batch_size windows in a step
+    lr, scale_lr     peak rates of weights and of scales; they fall to nothing along a cosine
+    """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    scale_lr: float
+    gradient: Gradient
+    precision: str
+    seed: int
+
+
+class Blocks:
+    """The decoder blocks of a dense checkpoint, made one at a time.
+
+    The model's own forward pass runs over a body that holds a single block, so that masks, rotary
+    embeddings and whatever else a family does around its blocks are transformers' own.
+    """
+
+    def __init__(self, source: Checkpoint, stored: torch.dtype, device: torch.device) -> None:
+        self._source = source
+        self._stored = stored
+        self._device = device
+        self._model = meta_model(source)
+        self._body = self._model.model
+        self._layers = list(self._body.layers)
+        self._types = getattr(self._model.config, "layer_types", None)
+        self._body.norm = nn.Identity()
+        self._body.rotary_emb = type(self._body.rotary_emb)(config=self._model.config).to(device)
+        self._model.config.num_hidden_layers = 1
+        self._model.config.use_cache = False
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def name(self, index: int) -> str:
+        """Where a block stands in the model, with a dot at the end."""
+        return f"model.layers.{index}."
+
+    def dense(self, index: int) -> nn.Module:
+        """A block with its dense float32 weights."""
+        prefix = self.name(index)
+        block: nn.Module = self._layers[index].to_empty(device=self._device)
+        state = {
+            name: self._read(prefix + name).to(self._device) for name, _ in block.named_parameters()
+        }
+        block.load_state_dict(state, strict=True)
+        return block
+
+    def release(self, index: int) -> None:
+        """Forget a block's weights."""
+        self._layers[index] = self._layers[index].to("meta")
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """What enters the first block, for tokens [n, length]: [n, length, hidden]."""
+        table = self._read("model.embed_tokens.weight").to(self._device)
+        return nn.functional.embedding(tokens, table)
+
+    def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's output [n, length, hidden]."""
+        self._body.layers = nn.ModuleList([block])
+        if self._types is not None:
+            self._model.config.layer_types = [self._types[index]]
+        out: Tensor = self._body(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        return out
+
+    def _read(self, name: str) -> Tensor:
+        return self._source.dense(name).to(self._stored).float()
+
+
+class _Stream:
+    """Activations [n, length, hidden] in a file that is mapped: what is not used stays on disk."""
+
+    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
+        self._path = path
+        self._data = torch.from_file(
+            str(path), shared=True, size=math.prod(shape), dtype=_STREAM
+        ).view(shape)
+
+    def read(self, rows: Tensor | slice, device: torch.device) -> Tensor:
+        return self._data[rows].to(device).float()
+
+    def write(self, rows: slice, values: Tensor) -> None:
+        self._data[rows] = values.to(_STREAM).cpu()
+
+
+def train_blocks(
+    blocks: Blocks,
+    windows: Tensor,
+    scheme: Scheme,
+    scale_init: Literal["paper", "mse"],
+    stored: torch.dtype,
+    settings: BlockSettings,
+    folder: Path,
+    tell: Callable[[int, float, float], None],
+) -> None:
+    """Train every block on windows [n, length] and keep its parameters in `folder`.
+
+    `tell` is given a block's number, and the relative error of its output in its first and its
+    last pass. Blocks that `folder` has already are left as they are.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    done = _done(folder)
+    width = blocks.embed(windows[:1, :1]).shape[-1]
+    shape = (len(windows), windows.shape[1], width)
+
+    def stream(kind: str, index: int) -> _Stream:
+        return _Stream(folder / f"{kind}-{index}.bin", shape)
+
+    if done == 0:
+        for kind in ("dense", "quantized"):
+            first = stream(kind, 0)
+            for rows in _parts(len(windows), settings.batch_size):
+                first.write(rows, blocks.embed(windows[rows]))
+    for index in range(done, len(blocks)):
+        block = blocks.dense(index)
+        inputs, targets = stream("quantized", index), stream("dense", index + 1)
+        _advance(blocks, index, block, stream("dense", index), targets, settings, len(windows))
+        prepare(block, scheme, scale_init, stored, settings.gradient)
+        before, after = _train(blocks, index, block, inputs, targets, settings, len(windows))
+        outputs = stream("quantized", index + 1)
+        _advance(blocks, index, block, inputs, outputs, settings, len(windows))
+        tensors = {blocks.name(index) + n: p.detach().cpu() for n, p in block.named_parameters()}
+        save_file(tensors, folder / f"block-{index}.safetensors")
+        write_json(folder / DONE, {"done": index + 1})
+        for kind in ("dense", "quantized"):
+            (folder / f"{kind}-{index}.bin").unlink(missing_ok=True)
+        blocks.release(index)
+        tell(index, before, after)
+
+
+def load_blocks(folder: Path, model: nn.Module) -> None:
+    """Put what was trained into a prepared `model`."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for index in range(_done(folder)):
+            for name, value in load_file(folder / f"block-{index}.safetensors").items():
+                parameters[name].copy_(value)
+
+
+def _done(folder: Path) -> int:
+    try:
+        return int(json.loads((folder / DONE).read_text(encoding="utf-8"))["done"])
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+def _parts(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _autocast(settings: BlockSettings, device: torch.device) -> Any:
+    return torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+
+
+@torch.no_grad()
+def _advance(
+    blocks: Blocks,
+    index: int,
+    block: nn.Module,
+    inputs: _Stream,
+    outputs: _Stream,
+    settings: BlockSettings,
+    count: int,
+) -> None:
+    """Run a stream through a block."""
+    device = next(block.parameters()).device
+    for rows in _parts(count, settings.batch_size):
+        with _autocast(settings, device):
+            made = blocks.run(index, block, inputs.read(rows, device))
+        outputs.write(rows, made)
+
+
+def _train(
+    blocks: Blocks,
+    index: int,
+    block: nn.Module,
+    inputs: _Stream,
+    targets: _Stream,
+    settings: BlockSettings,
+    count: int,
+) -> tuple[float, float]:
+    """Train one block; the relative error over the first and over the last steps' windows."""
+    device = next(block.parameters()).device
+    scales = [p for name, p in block.named_parameters() if name.endswith(".alpha")]
+    weights = [p for name, p in block.named_parameters() if not name.endswith(".alpha")]
+    optimizer = torch.optim.AdamW(
+        [{"params": weights, "lr": settings.lr}, {"params": scales, "lr": settings.scale_lr}],
+        weight_decay=0.0,
+        betas=(0.9, 0.95),
+    )
+    steps = settings.epochs * -(-count // settings.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    dice = torch.Generator().manual_seed(settings.seed + (index << 32))
+    errors = []
+    for _ in range(settings.epochs):
+        order = torch.randperm(count, generator=dice)
+        for part in _parts(count, settings.batch_size):
+            rows = order[part]
+            wanted = targets.read(rows, device)
+            with _autocast(settings, device):
+                made = blocks.run(index, block, inputs.read(rows, device))
+            # each token counts alike: a few have activations a thousand times as large
+            error = (made.float() - wanted).square().sum(-1) / wanted.square().sum(-1)
+            loss = error.mean()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            errors.append(loss.item())
+    per_pass = -(-count // settings.batch_size)
+    return sum(errors[:per_pass]) / per_pass, sum(errors[-per_pass:]) / per_pass

@@ -1,0 +1,87 @@
+"""What comes before the steps end to end: the block-wise start, and the teacher's answers."""
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from qexport.checkpoint import Checkpoint
+from qexport.modelling import build_model
+from qexport.train.block import Blocks, BlockSettings, train_blocks
+from qexport.train.config import TrainConfig
+from qexport.train.distill import CachedTeacher, LiveTeacher, Teacher
+from qexport.train.run_folder import BLOCKS, TEACHER
+from qexport.train.text import MixedWindows
+from qexport.train.trainer import QatTrainer
+
+__all__ = ["make_teacher", "start_by_blocks"]
+
+
+def start_by_blocks(
+    config: TrainConfig,
+    source: Checkpoint,
+    stored: torch.dtype,
+    training: Tensor,
+    precision: str,
+    run: Path,
+    console: Console,
+) -> None:
+    """Train every block by itself; what comes of it stands in the run's folder."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    blocks = Blocks(source, stored, device)
+    settings = BlockSettings(
+        epochs=config.settings.block_epochs,
+        batch_size=config.batch_size,
+        lr=config.settings.block_lr,
+        scale_lr=config.settings.block_scale_lr,
+        gradient=config.settings.gradient,
+        precision=precision,
+        seed=config.seed,
+    )
+
+    def tell(index: int, before: float, after: float) -> None:
+        console.print(
+            f"block {index + 1}/{len(blocks)}  error {before:.2%} -> {after:.2%}", highlight=False
+        )
+
+    dice = torch.Generator().manual_seed(config.seed)
+    chosen = torch.randperm(len(training), generator=dice)[: config.settings.block_windows]
+    train_blocks(
+        blocks,
+        training[chosen],
+        config.scheme,
+        config.scale_init,
+        stored,
+        settings,
+        run / BLOCKS,
+        tell,
+    )
+
+
+def make_teacher(
+    config: TrainConfig,
+    source: Checkpoint,
+    trainer: QatTrainer,
+    training: Tensor,
+    run: Path,
+    console: Console,
+) -> Teacher:
+    """The dense model, or what it says of every window that the run will meet."""
+    device = trainer.args.device
+    dense = build_model(source, torch.float32, lambda name: source.dense(name).float())
+    dense.config.use_cache = False
+    dense = dense.to(device).eval()
+    count = config.teacher_top_k or dense.config.vocab_size
+    live = LiveTeacher(dense, count, config.settings.temperature)
+    if config.teacher == "live":
+        return live
+    dataset = trainer.train_dataset
+    assert isinstance(dataset, MixedWindows)
+    order = dataset.first_windows()
+    cached = CachedTeacher(run / TEACHER, len(training), config.max_length, count)
+    with trainer.accelerator.autocast():
+        for done in cached.fill(order, training.to(device), live, config.batch_size):
+            if done % (50 * config.batch_size) == 0:
+                console.print(f"asked the dense model of {done}/{len(order)} windows")
+    return cached

@@ -1,0 +1,41 @@
+"""What a run is trained by where the user does not say: rates, loss and start, for each width."""
+
+from dataclasses import dataclass
+
+from qexport.paretoq import Gradient
+
+__all__ = ["RECIPES", "Recipe"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One width's settings.
+
+    lr, scale_lr      peak rates of weights, and of scales
+    distill           share of the loss that is divergence from the dense model, at temperature
+    gradient          of rounding: the paper's, or StableQAT's
+    mix_steps         optimizer steps between two mixings of masters with their quantized values,
+                      0 for none; mix: what is kept of a master then (WinQ)
+    block_epochs      passes of the block-wise start, 0 for none; block_windows how many it takes;
+                      block_lr, block_scale_lr its rates
+    """
+
+    lr: float
+    scale_lr: float
+    distill: float = 0.0
+    temperature: float = 1.0
+    gradient: Gradient = "paper"
+    mix_steps: int = 0
+    mix: float = 0.2
+    block_epochs: int = 0
+    block_windows: int = 512
+    block_lr: float = 1e-4
+    block_scale_lr: float = 1e-4
+
+
+_FINE, _COARSE = Recipe(1e-5, 1e-5), Recipe(2e-5, 2e-5)
+
+RECIPES: dict[str, dict[str, Recipe]] = {
+    # Liu et al. 2025: billions of tokens, no teacher, one rate for everything
+    "paretoq": {"4": _FINE, "3": _FINE, "2": _COARSE, "1.58": _COARSE, "1": _COARSE},
+}

@@ -1,0 +1,109 @@
+"""The block-wise start: blocks are the model's own, get better, and outlive a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from qexport.checkpoint import Checkpoint
+from qexport.formats import FORMATS, open_checkpoint
+from qexport.formats.pack import pack
+from qexport.modelling import build_model
+from qexport.tiny import write_tiny_model
+from qexport.train import TrainConfig, train
+from qexport.train.block import Blocks
+from tests.runtime.families import FAMILIES, make
+
+CPU = torch.device("cpu")
+
+
+def config(model: Path, output: Path, **changes: object) -> TrainConfig:
+    settings: dict[str, object] = {
+        **{"data": "builtin", "bits": "2", "group_size": 32, "max_steps": 2, "max_length": 32},
+        **{"batch_size": 8, "block_epochs": 1, "block_lr": 1e-3, "precision": "fp32"},
+        "block_windows": 64,
+    }
+    return TrainConfig(model=model, output=output, **{**settings, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_one_by_one_are_the_model(tmp_path: Path, family: str) -> None:
+    """Masks, windows, rotary embeddings: what comes out of the last one is the model's own."""
+    source: Checkpoint = make(tmp_path, family)
+    model = build_model(source, torch.float32, source.dense)
+    tokens = torch.randint(0, 250, (2, 40))
+    seen: list[torch.Tensor] = []
+    model.model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(input_ids=tokens)
+        blocks = Blocks(source, torch.float32, CPU)
+        hidden = blocks.embed(tokens)
+        for index in range(len(blocks)):
+            hidden = blocks.run(index, blocks.dense(index), hidden)
+            blocks.release(index)
+    assert torch.allclose(hidden, seen[0], atol=1e-4)
+
+
+def test_errors_fall_and_the_run_is_a_run(tiny_model: Path, tmp_path: Path) -> None:
+    """Alone, it writes a RUN that packs exactly."""
+    lines: list[str] = []
+    console = Console(quiet=True)
+    console.print = lambda *parts, **_: lines.append(" ".join(map(str, parts)))  # type: ignore[method-assign]
+    run = tmp_path / "run"
+    results = train(config(tiny_model, run, phase="block", block_epochs=3), console)
+    errors = [line.split()[-3:] for line in lines if line.startswith("block ")]
+    assert len(errors) == 2
+    assert all(float(after[:-1]) < float(before[:-1]) for before, _, after in errors)
+    assert results["steps"] == 0 and not (run / ".blocks").exists()
+    assert pack(open_checkpoint(run), FORMATS["native"], tmp_path / "packed").exact
+
+
+def test_it_is_where_training_begins(tiny_model: Path, tmp_path: Path) -> None:
+    """Two steps at no rate leave it as it was."""
+    alone = config(tiny_model, tmp_path / "alone", phase="block")
+    both = config(tiny_model, tmp_path / "both", lr=1e-30, scale_lr=1e-30)
+    for one in (alone, both):
+        train(one, Console(quiet=True))
+    first, second = (open_checkpoint(one.output) for one in (alone, both))
+    for name in first.modules:
+        assert torch.equal(*(one.quantized(f"{name}.weight").codes for one in (first, second)))
+
+
+def test_a_kill_costs_one_block_at_most(tmp_path: Path) -> None:
+    """Blocks that were done are not done again, and what comes out is the same."""
+    model = write_tiny_model(tmp_path / "model", num_hidden_layers=6)
+    run = tmp_path / "run"
+    options = {
+        **{"--data": "builtin", "--bits": "2", "--group-size": "32", "--phase": "block"},
+        **{"--block-epochs": "2", "--max-length": "64", "--precision": "fp32"},
+        **{"--block-windows": "128", "-o": str(run)},
+    }
+    flat = [part for pair in options.items() for part in pair]
+    command = [sys.executable, "-m", "qexport", "train", str(model), *flat]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    progress = run / ".blocks" / "blocks.json"
+    while process.poll() is None and not (
+        progress.exists() and json.loads(progress.read_text())["done"] >= 2
+    ):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "it was too fast to be killed"
+    done = json.loads(progress.read_text())["done"]
+    again = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert f"block {done + 1}/6" in again.stderr and f"block {done}/6" not in again.stderr
+    whole = tmp_path / "whole"
+    command[-1] = str(whole)
+    subprocess.run(command, capture_output=True, env=environment, check=True)
+    first, second = open_checkpoint(run), open_checkpoint(whole)
+    for name in first.modules:
+        mine, theirs = (one.quantized(f"{name}.weight") for one in (first, second))
+        assert torch.equal(mine.codes, theirs.codes) and torch.equal(mine.scales, theirs.scales)
