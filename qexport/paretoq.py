@@ -154,11 +154,17 @@ def _stable_slopes(units: Tensor, codes: Tensor, zero: float) -> Tensor:
     return angle.cos_().mul_(_STABLE_DAMPING).add_(1).reciprocal_().mul_(2).sub_(1)
 
 
-def initial_alpha(weight: Tensor, scheme: Scheme, rule: Literal["paper", "mse"]) -> Tensor:
+def initial_alpha(
+    weight: Tensor,
+    scheme: Scheme,
+    rule: Literal["paper", "mse"],
+    importance: Tensor | None = None,
+) -> Tensor:
     """A starting alpha float32 [out, groups] for each group of `weight` [out, in].
 
     `paper` is ParetoQ's rule. `mse` searches 32 fractions of the largest weight's alpha for the
-    least squared error of each group, with the rounding that training will use.
+    least squared error of each group, with the rounding that training will use; `importance` [in]
+    are weights of the columns' errors.
     """
     width = width_of(scheme)
     weight = weight.detach().float()
@@ -171,16 +177,21 @@ def initial_alpha(weight: Tensor, scheme: Scheme, rule: Literal["paper", "mse"])
         return largest
     rows = max(1, _SEARCH_CHUNK // inputs)
     parts = zip(torch.split(weight, rows), torch.split(largest, rows), strict=True)
-    return torch.cat([_least_squares_alpha(part, top, scheme) for part, top in parts])
+    return torch.cat([_least_squares_alpha(part, top, scheme, importance) for part, top in parts])
 
 
-def _least_squares_alpha(weight: Tensor, largest: Tensor, scheme: Scheme) -> Tensor:
+def _least_squares_alpha(
+    weight: Tensor, largest: Tensor, scheme: Scheme, importance: Tensor | None
+) -> Tensor:
     least = torch.full_like(largest, math.inf)
     alpha = largest.clone()
     for index in range(_SHRINK_FACTORS, 0, -1):
         candidate = largest * (index / _SHRINK_FACTORS)
         error = quantize(weight, effective_scale(candidate, scheme), scheme).dequantize() - weight
-        loss = error.view(*largest.shape, -1).square_().sum(-1)
+        error.square_()
+        if importance is not None:
+            error.mul_(importance)
+        loss = error.view(*largest.shape, -1).sum(-1)
         better = loss < least
         least = torch.where(better, loss, least)
         alpha = torch.where(better, candidate, alpha)

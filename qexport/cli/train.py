@@ -40,6 +40,8 @@ A run that was killed goes on from its last checkpoint when the same command is 
 @click.option("--mix", type=float, help="Share of a weight that is kept then.")
 @click.option("--block-epochs", type=int, help="Passes of the block-wise start; 0 for none.")
 @click.option("--block-windows", type=int, help="Windows that it takes.")
+@click.option("--block-batch", type=int, help="Windows at a time.")
+@click.option("--block-compensated", type=int, help="Windows for GPTQ's rounding before it.")
 @click.option("--block-lr", type=float, help="Its peak rate of weights.")
 @click.option("--block-scale-lr", type=float, help="Its peak rate of scales.")
 @click.option("--phase", type=click.Choice(["all", "block", "end"]), default="all")
@@ -58,6 +60,8 @@ A run that was killed goes on from its last checkpoint when the same command is 
 )
 @click.option("--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto")
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time.")
+@click.option("--shard", is_flag=True, help="Spread the model over torchrun's processes (FSDP2).")
+@click.option("--offload", is_flag=True, help="Keep its parts in their hosts' memory.")
 @click.option("--save-steps", default=200, show_default=True, help="Steps between checkpoints.")
 @click.option(
     "--log-steps",
@@ -85,6 +89,7 @@ def command(model: str | None, smoke: bool, dry_run: bool, as_json: bool, **opti
             raise click.UsageError(f"Missing {name}.", click.get_current_context())
     from qexport.hub import local_folder
     from qexport.train import TrainConfig, train
+    from qexport.train.ranks import is_main
 
     assert model is not None
     group_size = options.pop("group_size")
@@ -94,6 +99,8 @@ def command(model: str | None, smoke: bool, dry_run: bool, as_json: bool, **opti
         **options,
     )
     results = train(config, progress_console(), dry_run=dry_run)
+    if not is_main():
+        return
     if as_json:
         print_json(results)
     elif not dry_run:

@@ -24,13 +24,20 @@ from qexport.checkpoint import Checkpoint
 from qexport.grid import Scheme
 from qexport.modelling import meta_model
 from qexport.output import write_json
-from qexport.paretoq import Gradient
+from qexport.paretoq import Gradient, effective_scale, initial_alpha
+from qexport.quantize.gptq import compensate
 from qexport.train.prepare import prepare
 
 __all__ = ["DONE", "BlockSettings", "Blocks", "load_blocks", "train_blocks"]
 
 _STREAM = torch.bfloat16
 DONE = "blocks.json"
+_STAGES = (  # layers that have the same inputs, in the order in which they run
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
 
 
 @dataclass(frozen=True)
@@ -38,10 +45,12 @@ class BlockSettings:
     """How a block is trained.
 
     epochs           passes over the windows; batch_size windows in a step
+    compensated      windows by whose activations weights are rounded first, by GPTQ; 0 for none
     lr, scale_lr     peak rates of weights and of scales; they fall to nothing along a cosine
     """
 
     epochs: int
+    compensated: int
     batch_size: int
     lr: float
     scale_lr: float
@@ -157,6 +166,8 @@ def train_blocks(
         inputs, targets = stream("quantized", index), stream("dense", index + 1)
         _advance(blocks, index, block, stream("dense", index), targets, settings, len(windows))
         prepare(block, scheme, scale_init, stored, settings.gradient)
+        if settings.compensated:
+            _compensate(blocks, index, block, inputs, settings)
         before, after = _train(blocks, index, block, inputs, targets, settings, len(windows))
         outputs = stream("quantized", index + 1)
         _advance(blocks, index, block, inputs, outputs, settings, len(windows))
@@ -209,6 +220,35 @@ def _advance(
         with _autocast(settings, device):
             made = blocks.run(index, block, inputs.read(rows, device))
         outputs.write(rows, made)
+
+
+@torch.no_grad()
+def _compensate(
+    blocks: Blocks, index: int, block: nn.Module, inputs: _Stream, settings: BlockSettings
+) -> None:
+    """Begin with GPTQ's codes: each layer's, by what the ones before it make of the inputs."""
+    device = next(block.parameters()).device
+    for names in _STAGES:
+        layers: list[Any] = [block.get_submodule(name) for name in names]
+        width = layers[0].in_features
+        hessian = torch.zeros(width, width, device=device)
+
+        def add(_: nn.Module, given: tuple[Tensor], hessian: Tensor = hessian) -> None:
+            rows = given[0].flatten(0, 1).float()
+            hessian.addmm_(rows.T, rows)
+
+        hook = layers[0].register_forward_pre_hook(add)
+        for rows in _parts(settings.compensated, settings.batch_size):
+            with _autocast(settings, device):
+                blocks.run(index, block, inputs.read(rows, device))
+        hook.remove()
+        for layer in layers:
+            chain = layer.parametrizations.weight
+            reader, master = chain[0], chain.original
+            importance = hessian.diagonal() / hessian.diagonal().mean()
+            reader.alpha.copy_(initial_alpha(master, reader.scheme, "mse", importance))
+            scale = effective_scale(reader.alpha, reader.scheme)
+            master.copy_(compensate(master, hessian, scale, reader.scheme))
 
 
 def _train(

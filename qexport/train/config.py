@@ -9,12 +9,17 @@ import torch
 from qexport.errors import InputError
 from qexport.grid import Scheme
 from qexport.paretoq import WIDTHS, Gradient
+from qexport.train.ranks import world_size
 from qexport.train.recipe import RECIPES, Recipe
 
 __all__ = ["TrainConfig"]
 
 # Not part of what the run computes: changing these between a kill and a resume is harmless.
-_FREE_FIELDS = ("output", "resume", "save_steps", "log_steps")
+# So is how a step's windows are shared out: what counts is how many tokens it has.
+_FREE_FIELDS = (
+    *("output", "resume", "save_steps", "log_steps", "batch_size", "gradient_accumulation"),
+    *("gradient_checkpointing", "teacher", "shard", "offload"),
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class TrainConfig:
     warmup                 share of the steps in which the rate rises, before its cosine falls
     recipe                 name in RECIPES; lr to block_scale_lr are its own where they are None
     phase                  the block-wise start alone, end to end alone, or both
+    shard, offload         spread the model over all processes (FSDP2), in their hosts' memory
     teacher                whether the dense model stays in memory, or what it says is kept on disk;
                            of its `teacher_top_k` likeliest tokens (0: of all)
     """
@@ -55,6 +61,8 @@ class TrainConfig:
     mix: float | None = None
     block_epochs: int | None = None
     block_windows: int | None = None
+    block_batch: int | None = None
+    block_compensated: int | None = None
     block_lr: float | None = None
     block_scale_lr: float | None = None
     phase: Literal["all", "block", "end"] = "all"
@@ -66,6 +74,8 @@ class TrainConfig:
     scale_dtype: Literal["portable", "float32"] = "portable"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     gradient_checkpointing: bool = False
+    shard: bool = False
+    offload: bool = False
     save_steps: int = 200
     log_steps: int = 1
     resume: bool = True
@@ -90,11 +100,16 @@ class TrainConfig:
                 raise InputError(f"{_flag(name, self)} is not a share from 0 to 1.")
         if not 0 < self.settings.temperature < 100:
             raise InputError(f"{_flag('temperature', self)} is not between 0 and 100.")
-        for name in ("mix_steps", "block_epochs"):
+        for name in ("mix_steps", "block_epochs", "block_compensated"):
             if getattr(self.settings, name) < 0:
                 raise InputError(f"{_flag(name, self)} is negative.")
-        if self.settings.block_windows < 1:
-            raise InputError(f"{_flag('block_windows', self)} is less than 1.")
+        for name in ("block_windows", "block_batch"):
+            if getattr(self.settings, name) < 1:
+                raise InputError(f"{_flag(name, self)} is less than 1.")
+        if self.shard and world_size() == 1:
+            raise InputError("--shard wants several processes; start them with torchrun.")
+        if self.offload and not self.shard:
+            raise InputError("--offload goes with --shard.")
         if self.teacher_top_k < 0:
             raise InputError(f"--teacher-top-k {self.teacher_top_k} is negative.")
         if self.phase == "block" and not self.settings.block_epochs:
@@ -127,11 +142,17 @@ class TrainConfig:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.max_length * self.batch_size * self.gradient_accumulation
+        return self.max_length * self.windows_per_step
+
+    @property
+    def windows_per_step(self) -> int:
+        """Of all processes together."""
+        return self.batch_size * self.gradient_accumulation * world_size()
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for one run to continue another, as it stands in the marker."""
         found = {key: v for key, v in asdict(self).items() if key not in _FREE_FIELDS}
+        found["tokens_per_step"] = self.tokens_per_step
         found["settings"] = asdict(self.settings)  # a recipe that has changed is another one
         found["model"] = str(self.model.resolve())
         found["model_files"] = [_state(path) for path in sorted(self.model.glob("*.safetensors"))]

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from qexport.train.config import TrainConfig
 from qexport.train.phases import make_teacher, start_by_blocks
 from qexport.train.prepare import prepare, run_tensors
 from qexport.train.progress import ProgressReport
+from qexport.train.ranks import barrier, is_main, join
 from qexport.train.run_folder import BLOCKS, claimed, finished, write_run
+from qexport.train.shard import shard
 from qexport.train.text import MixedWindows, load_text
 from qexport.train.trainer import QatTrainer, make_trainer
 
@@ -34,6 +37,8 @@ def train(config: TrainConfig, console: Console, *, dry_run: bool = False) -> di
     finished is not trained again. Raises InputError, DataError or CheckpointError before anything
     is written where the model, the data or the output folder will not do.
     """
+    join()
+    console.quiet = console.quiet or not is_main()
     source = _dense_source(config.model)
     found = finished(config)
     if found is not None:
@@ -44,16 +49,15 @@ def train(config: TrainConfig, console: Console, *, dry_run: bool = False) -> di
     training = text.rows
     max_steps = config.max_steps
     if max_steps is None:
-        per_step = config.batch_size * config.gradient_accumulation
-        max_steps = max(1, len(training) // per_step)
+        max_steps = max(1, len(training) // config.windows_per_step)
     if config.phase == "block":
         max_steps = 0
     precision = _precision(config)
     model, stored = _load_model(source)
     _check_fit(config, model, training)
-    _announce(console, config, model, training, max_steps, precision)
     modules = prepare(model, config.scheme, config.scale_init, stored, config.settings.gradient)
     _check_names(source, model, stored)
+    _announce(console, config, model, training, max_steps, precision)
     if dry_run:
         return {"steps": max_steps, "tokens": max_steps * config.tokens_per_step}
     with claimed(config) as run, disk_errors(run):
@@ -61,8 +65,12 @@ def train(config: TrainConfig, console: Console, *, dry_run: bool = False) -> di
         if resumed is not None:
             console.print(f"resuming from {resumed.name}")
         elif config.phase != "end" and config.settings.block_epochs:
-            start_by_blocks(config, source, stored, training, precision, run, console)
+            if is_main():
+                start_by_blocks(config, source, stored, training, precision, run, console)
+            barrier()
             load_blocks(run / BLOCKS, model)
+        if config.shard:
+            shard(model, offload=config.offload)
         report = ProgressReport(console, config.tokens_per_step)
         trainer = make_trainer(config, model, text, max_steps, precision, report)
         if max_steps:
@@ -71,9 +79,14 @@ def train(config: TrainConfig, console: Console, *, dry_run: bool = False) -> di
             with contextlib.closing(report):
                 trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         results = _results(trainer, config, max_steps, text.held_out)
-        write_run(run, source, modules, run_tensors(model, stored), results, trainer.state)
-        mark(run, "run", status="finished", settings=config.identity())
-        state.drop_checkpoints(run)
+        tensors = run_tensors(model, stored)
+        if is_main():
+            write_run(run, source, modules, tensors, results, trainer.state)
+            mark(run, "run", status="finished", settings=config.identity())
+            state.drop_checkpoints(run)
+        else:
+            deque(tensors, maxlen=0)  # its part of each
+        barrier()
     return results
 
 

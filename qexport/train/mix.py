@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from qexport.paretoq import fake_quantize
 from qexport.train.prepare import FakeQuantize
+from qexport.train.ranks import assign, whole
 
 __all__ = ["Mixing", "mix_masters"]
 
@@ -21,8 +23,10 @@ def mix_masters(model: nn.Module, kept: float) -> None:
     for module in model.modules():
         for chain in getattr(module, "parametrizations", {}).values():
             if isinstance(chain[0], FakeQuantize):
-                master = chain.original
-                master.lerp_(chain[0](master), 1 - kept)
+                reader, master = chain[0], whole(chain.original)
+                alpha = whole(reader.alpha)
+                quantized = fake_quantize(master, alpha, reader.scheme)
+                assign(chain.original, master.lerp(quantized, 1 - kept))
 
 
 class Mixing(TrainerCallback):

@@ -11,6 +11,7 @@ from qexport.modelling import build_model
 from qexport.train.block import Blocks, BlockSettings, train_blocks
 from qexport.train.config import TrainConfig
 from qexport.train.distill import CachedTeacher, LiveTeacher, Teacher
+from qexport.train.ranks import barrier, is_main
 from qexport.train.run_folder import BLOCKS, TEACHER
 from qexport.train.text import MixedWindows
 from qexport.train.trainer import QatTrainer
@@ -32,7 +33,8 @@ def start_by_blocks(
     blocks = Blocks(source, stored, device)
     settings = BlockSettings(
         epochs=config.settings.block_epochs,
-        batch_size=config.batch_size,
+        compensated=min(config.settings.block_compensated, config.settings.block_windows),
+        batch_size=config.settings.block_batch,
         lr=config.settings.block_lr,
         scale_lr=config.settings.block_scale_lr,
         gradient=config.settings.gradient,
@@ -79,9 +81,14 @@ def make_teacher(
     dataset = trainer.train_dataset
     assert isinstance(dataset, MixedWindows)
     order = dataset.first_windows()
-    cached = CachedTeacher(run / TEACHER, len(training), config.max_length, count)
-    with trainer.accelerator.autocast():
-        for done in cached.fill(order, training.to(device), live, config.batch_size):
-            if done % (50 * config.batch_size) == 0:
-                console.print(f"asked the dense model of {done}/{len(order)} windows")
-    return cached
+    size = (len(training), config.max_length, count)
+    if is_main():
+        with trainer.accelerator.autocast():
+            filling = CachedTeacher(run / TEACHER, *size).fill(
+                order, training.to(device), live, config.batch_size
+            )
+            for done in filling:
+                if done % (50 * config.batch_size) == 0:
+                    console.print(f"asked the dense model of {done}/{len(order)} windows")
+    barrier()
+    return CachedTeacher(run / TEACHER, *size)

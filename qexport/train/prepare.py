@@ -16,6 +16,7 @@ from qexport.checkpoint import Modules
 from qexport.errors import CheckpointError, InputError
 from qexport.grid import Scheme
 from qexport.paretoq import Gradient, effective_scale, fake_quantize, initial_alpha
+from qexport.train.ranks import whole
 
 __all__ = ["FakeQuantize", "StoredAs", "prepare", "run_tensors"]
 
@@ -44,7 +45,7 @@ class FakeQuantize(nn.Module):
 
     def scales(self) -> Tensor:
         """The stored scales [out, groups], exact in `scheme.scale_dtype`."""
-        return effective_scale(self.alpha.detach(), self.scheme).to(self.scheme.scale_dtype)
+        return effective_scale(whole(self.alpha.detach()), self.scheme).to(self.scheme.scale_dtype)
 
 
 class StoredAs(nn.Module):
@@ -112,6 +113,8 @@ def prepare(
 def run_tensors(model: nn.Module, stored: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a RUN: latent weights float32, `weight_scale`s, all else as `stored`.
 
+    Where they are spread over processes, all of these have to ask.
+
     Parameters that are tied are given once, under their first name.
     """
     seen: set[int] = set()
@@ -121,10 +124,10 @@ def run_tensors(model: nn.Module, stored: torch.dtype) -> Iterator[tuple[str, Te
         prefix = f"{name}." if name else ""
         readers = getattr(module, "parametrizations", {})
         for parameter, chain in readers.items():
-            master = chain.original.detach()
             if id(chain.original) in seen:
                 continue
             seen.add(id(chain.original))
+            master = whole(chain.original.detach())
             if isinstance(chain[0], FakeQuantize):
                 yield f"{prefix}{parameter}", master
                 yield f"{prefix}{parameter}_scale", chain[0].scales()
@@ -133,7 +136,7 @@ def run_tensors(model: nn.Module, stored: torch.dtype) -> Iterator[tuple[str, Te
         for parameter, value in module.named_parameters(recurse=False):
             if id(value) not in seen:
                 seen.add(id(value))
-                yield f"{prefix}{parameter}", value.detach().to(stored)
+                yield f"{prefix}{parameter}", whole(value.detach()).to(stored)
 
 
 def _check_whole(model: nn.Module, layers: dict[str, nn.Linear]) -> None:

@@ -16,7 +16,9 @@ class Recipe:
     gradient          of rounding: the paper's, or StableQAT's
     mix_steps         optimizer steps between two mixings of masters with their quantized values,
                       0 for none; mix: what is kept of a master then (WinQ)
-    block_epochs      passes of the block-wise start, 0 for none; block_windows how many it takes;
+    block_epochs      passes of the block-wise start, 0 for none; block_windows how many it takes,
+                      block_batch at a time;
+                      block_compensated by how many of them it rounds by GPTQ first;
                       block_lr, block_scale_lr its rates
     """
 
@@ -29,6 +31,8 @@ class Recipe:
     mix: float = 0.2
     block_epochs: int = 0
     block_windows: int = 512
+    block_batch: int = 4
+    block_compensated: int = 0
     block_lr: float = 1e-4
     block_scale_lr: float = 1e-4
 

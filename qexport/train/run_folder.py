@@ -18,6 +18,7 @@ from qexport.shards import ShardWriter
 from qexport.train import state
 from qexport.train.block import DONE
 from qexport.train.config import TrainConfig
+from qexport.train.ranks import barrier, is_main
 
 __all__ = ["BLOCKS", "TEACHER", "claimed", "finished", "write_run"]
 
@@ -52,8 +53,15 @@ def finished(config: TrainConfig) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def claimed(config: TrainConfig) -> Iterator[Path]:
-    """The run folder, ours alone for the block; removed on failure while it holds no checkpoint."""
+    """The run folder, ours alone for the block; removed on failure while it holds no progress.
+
+    Of several processes the first one claims it, and the others wait for that.
+    """
     run = config.output
+    if not is_main():
+        barrier()
+        yield run
+        return
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -72,6 +80,7 @@ def claimed(config: TrainConfig) -> Iterator[Path]:
         state.drop_checkpoints(run, keep=1)
         if marker(run) is None:
             mark(run, "run", status="training", settings=config.identity())
+        barrier()
         yield run
     finally:
         found = marker(run)

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import TrainerState
 
 from qexport.errors import CheckpointError
 from qexport.output import disk_errors
+from qexport.train.ranks import assign, is_main, like, whole
 
 __all__ = [
     "drop_checkpoints",
@@ -58,20 +60,26 @@ def save(
     scheduler: Any,
     progress: dict[str, Any],
 ) -> Path:
-    """Write `checkpoint-<step>` into `run`; `progress` is JSON of the caller's own."""
+    """Write `checkpoint-<step>` into `run`; `progress` is JSON of the caller's own.
+
+    Every process has to call it, and the first one writes.
+    """
     step = trainer_state.global_step
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    tensors = _gathered((name, parameter.detach()) for parameter, name in names.items())
+    moments = _gathered(
+        (f"{names[parameter]}|{key}", value)
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    )
+    final = run / f"{_PREFIX}{step}"
+    if not is_main():
+        return final
     temporary = run / f".{_PREFIX}{step}"
     shutil.rmtree(temporary, ignore_errors=True)
     with disk_errors(run):
         temporary.mkdir()
-        names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-        tensors = {name: parameter.detach() for parameter, name in names.items()}
         save_file(tensors, temporary / "masters.safetensors")
-        moments = {
-            f"{names[parameter]}|{key}": value
-            for parameter, state in optimizer.state.items()
-            for key, value in state.items()
-        }
         save_file({**moments, **_random_tensors()}, temporary / "optimizer.safetensors")
         values = {
             "scheduler": scheduler.state_dict(),
@@ -82,7 +90,6 @@ def save(
         (temporary / "state.json").write_text(json.dumps(values), encoding="utf-8")
         trainer_state.save_to_json(str(temporary / "trainer_state.json"))
         _flush(temporary)
-        final = run / f"{_PREFIX}{step}"
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         _flush(run)
@@ -109,8 +116,13 @@ def load_into(
                 if name != "random":
                     parameter, value = parameters[name], file.get_tensor(key)
                     on_host = field == "step" and not fused
+                    spread = value.shape == parameter.shape
                     optimizer.state[parameter][field] = (
-                        value if on_host else value.to(parameter.device)
+                        value
+                        if on_host
+                        else like(value, parameter)
+                        if spread
+                        else value.to(parameter.device)
                     )
         values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         scheduler.load_state_dict(values["scheduler"])
@@ -157,7 +169,17 @@ def _load_masters(path: Path, parameters: dict[str, nn.Parameter]) -> None:
         if set(file.keys()) != set(parameters):
             raise ValueError("its parameters are not this model's")
         for name, parameter in parameters.items():
-            parameter.data.copy_(file.get_tensor(name))
+            assign(parameter, file.get_tensor(name))
+
+
+def _gathered(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Whole tensors on the first process; nothing on the others, which take part."""
+    found = {}
+    for name, tensor in tensors:
+        value = whole(tensor)
+        if is_main():
+            found[name] = value
+    return found
 
 
 def _random_tensors() -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from qexport.train.config import TrainConfig
 from qexport.train.distill import SoftTargets, Teacher, distillation_loss
 from qexport.train.mix import Mixing
 from qexport.train.progress import ProgressReport, TensorBoardLog
+from qexport.train.ranks import is_main
 from qexport.train.recipe import Recipe
 from qexport.train.text import MixedWindows, Text
 
@@ -103,6 +104,8 @@ class QatTrainer(Trainer):
         """Called once the loader has drawn its own seed, as it had when the state was saved."""
         if checkpoint is not None:
             state.load_random(Path(checkpoint))
+            if not is_main():  # the state is the first one's, and dropout is to differ
+                torch.manual_seed(self.args.seed + self.state.global_step + self.args.process_index)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's own, and the end of a run that has diverged."""
@@ -158,8 +161,10 @@ def make_trainer(
         seed=config.seed,
         bf16=precision == "bf16",
         use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
         save_strategy="steps",
         save_steps=config.save_steps,
+        save_only_model=config.shard,  # Trainer cannot save the rest of these; our state does
         logging_steps=config.log_steps,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
@@ -169,7 +174,7 @@ def make_trainer(
         restore_callback_states_from_checkpoint=False,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would multiply the batch
-    total = max(max_steps, 1) * config.batch_size * config.gradient_accumulation
+    total = max(max_steps, 1) * config.windows_per_step
     dataset = MixedWindows(text.rows, total, config.seed, text.sizes, text.weights)
     trainer = QatTrainer(model=model, args=arguments, train_dataset=dataset)
     trainer.settings = config.settings
@@ -179,6 +184,7 @@ def make_trainer(
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(callback)
     trainer.add_callback(report)
-    trainer.add_callback(TensorBoardLog(str(config.output / "logs")))
+    if is_main():
+        trainer.add_callback(TensorBoardLog(str(config.output / "logs")))
     trainer.add_callback(_LossSoFar(trainer))
     return trainer

@@ -1,0 +1,1 @@
+"""Post-training quantization: what a model loses least by, without training it."""

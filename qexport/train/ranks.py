@@ -1,0 +1,58 @@
+"""The processes of one training: how many, which one this is, and what is spread over them.
+
+One process is the usual case, and everything here is then nothing. `torchrun` and `accelerate
+launch` start more; what they share is the run's folder, which all of them have to see.
+"""
+
+import os
+from datetime import timedelta
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+__all__ = ["assign", "barrier", "is_main", "join", "like", "whole", "world_size"]
+
+_LONGEST = timedelta(days=2)  # that some wait for the first, while it trains blocks, say
+
+
+def world_size() -> int:
+    """Processes, as they were started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this one writes and speaks."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def join() -> None:
+    """Meet the other processes."""
+    if world_size() > 1:
+        PartialState(cpu=not torch.cuda.is_available(), timeout=_LONGEST)
+
+
+def barrier() -> None:
+    """Wait until all are here."""
+    if world_size() > 1:
+        PartialState().wait_for_everyone()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which every process may hold a part; all of them have to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(value: Tensor, tensor: Tensor) -> Tensor:
+    """A whole value, spread and placed as `tensor` is."""
+    value = value.to(tensor.device)
+    if isinstance(tensor, DTensor):
+        return distribute_tensor(value, tensor.device_mesh, tensor.placements)
+    return value
+
+
+@torch.no_grad()
+def assign(tensor: Tensor, value: Tensor) -> None:
+    """Put a whole value into a tensor that may be spread."""
+    tensor.copy_(like(value, tensor))

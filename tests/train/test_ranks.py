@@ -1,0 +1,110 @@
+"""Several processes train what one trains: DDP and FSDP2 over gloo, saved and resumed by one."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qexport.formats import FORMATS, open_checkpoint
+from qexport.formats.pack import pack
+from tests.conftest import Cli
+
+STEPS = 12
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+
+
+def options(output: Path, batch_size: int) -> list[str]:
+    settings = {
+        **{"--data": "builtin", "--bits": "2", "--group-size": "32", "--max-steps": str(STEPS)},
+        **{"--max-length": "64", "--precision": "fp32", "--lr": "1e-3", "--save-steps": "4"},
+        **{"--batch-size": str(batch_size), "--distill": "0.5", "--block-epochs": "1"},
+        **{"--block-windows": "8", "--log-steps": "1", "-o": str(output)},
+    }
+    return [part for pair in settings.items() for part in pair]
+
+
+def torchrun(processes: int, *arguments: object) -> list[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes))
+    return [*launcher, "--master-port", str(port), "-m", "qexport", *map(str, arguments)]
+
+
+def kill_all(run: Path) -> None:
+    """Kill -9 everything that names this run: a launcher's children have sessions of their own."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(run) in (folder / "cmdline").read_text() and int(folder.name) != os.getpid():
+                os.kill(int(folder.name), signal.SIGKILL)
+
+
+def losses(run: Path) -> list[float]:
+    history = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    return [row["loss"] for row in history if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("alone") / "run"
+    command = [sys.executable, "-m", "qexport", "train", str(tiny_model), *options(run, 4)]
+    subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT)
+    return run
+
+
+@pytest.mark.parametrize("extra", [(), ("--shard",), ("--shard", "--gradient-checkpointing")])
+def test_two_processes_train_what_one_does(
+    tiny_model: Path, alone: Path, tmp_path: Path, extra: tuple[str, ...]
+) -> None:
+    """Loss by loss, the same steps; what they write packs exactly, and is told once."""
+    run = tmp_path / "run"
+    command = torchrun(2, "train", tiny_model, *options(run, 2), *extra, "--json")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert found["tokens"] == STEPS * 4 * 64
+    assert len(losses(run)) == STEPS
+    assert losses(run) == pytest.approx(losses(alone), abs=1e-3)
+    assert pack(open_checkpoint(run), FORMATS["native"], tmp_path / "packed").exact
+
+
+@pytest.mark.parametrize("extra", [(), ("--shard",)])
+def test_one_process_goes_on_where_two_were_killed(
+    tiny_model: Path, alone: Path, tmp_path: Path, extra: tuple[str, ...]
+) -> None:
+    """Masters, moments and the place in the text are those of the whole."""
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        torchrun(2, "train", tiny_model, *options(run, 2), *extra),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=ENVIRONMENT,
+    )
+    while process.poll() is None and not list(run.glob("checkpoint-*")):
+        time.sleep(0.002)
+    kill_all(run)
+    process.wait()
+    assert not (run / "config.json").exists(), "it was too fast to be killed"
+    command = [sys.executable, "-m", "qexport", "train", str(tiny_model), *options(run, 4)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from checkpoint-" in done.stderr
+    assert losses(run) == pytest.approx(losses(alone), abs=1e-3)
+    assert pack(open_checkpoint(run), FORMATS["native"], tmp_path / "packed").exact
+
+
+def test_mistakes_in_a_sentence(tiny_model: Path, tmp_path: Path, cli: Cli) -> None:
+    for said, *extra in (
+        ("--shard wants several processes", "--shard"),
+        ("--offload goes with --shard", "--offload"),
+    ):
+        result = cli("train", tiny_model, *options(tmp_path / "run", 4), *extra)
+        assert result.returncode == 2 and said in result.stderr
