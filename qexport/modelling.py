@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from qexport.checkpoint import Checkpoint
 from qexport.errors import CheckpointError, InputError
+from qexport.llama_like import LLAMA_LIKE, extend
 
 __all__ = ["build_model", "load_tokenizer", "meta_model"]
 
@@ -52,6 +53,7 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, read: Callable[[str]
         raise CheckpointError(
             f"{checkpoint.folder} lacks {lacking[0]}; the checkpoint is not whole."
         )
+    extend(model, checkpoint.config)
     if (checkpoint.folder / "generation_config.json").is_file():
         model.generation_config = _generation_config(checkpoint.folder)
     return model
@@ -63,7 +65,9 @@ def meta_model(checkpoint: Checkpoint) -> Any:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InputError(f"{checkpoint.folder}: {config.model_type} is no causal language model.")
     with torch.device("meta"):
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    extend(model, checkpoint.config)
+    return model
 
 
 def _generation_config(folder: Path) -> Any:
@@ -89,6 +93,11 @@ def _config(checkpoint: Checkpoint) -> Any:
     model_type = checkpoint.config.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"{checkpoint.folder}/config.json names no model_type.")
+    tied = {}
+    if model_type in LLAMA_LIKE:
+        found = checkpoint.config.get("tie_word_embeddings", False)
+        tied = {"tie_word_embeddings": bool(checkpoint.config.get("share_embedding", found))}
+        model_type = "llama"
     if model_type not in CONFIG_MAPPING:
         raise InputError(
             f"{checkpoint.folder}: transformers here does not know model type {model_type[:60]!r}; "
@@ -96,7 +105,7 @@ def _config(checkpoint: Checkpoint) -> Any:
         )
     fields = {key: v for key, v in checkpoint.config.items() if key not in _UNTRUSTED}
     try:
-        return AutoConfig.for_model(model_type, **fields)
+        return AutoConfig.for_model(model_type, **{**fields, **tied})
     except Exception as error:  # config classes check their fields with errors of their own
         raise InputError(
             f"{checkpoint.folder}: transformers makes no {model_type!r} model of its config "

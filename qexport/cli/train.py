@@ -24,7 +24,11 @@ A run that was killed goes on from its last checkpoint when the same command is 
     metavar="SOURCE[=WEIGHT]",
     help="builtin, a .jsonl or .txt file, or a hub dataset id; several are mixed.",
 )
-@click.option("--bits", type=click.Choice(["1", "1.58", "2", "3", "4"]), help="Width of a weight.")
+@click.option(
+    "--bits",
+    type=click.Choice(["1", "1.58", "2", "3", "4", "16"]),
+    help="Width of a weight; 16 is a dense fine-tuning, by which to judge the others.",
+)
 @click.option("--group-size", default=-1, help="Inputs that share a scale; -1 is per channel.")
 @click.option("--max-steps", type=int, help="Optimizer steps; default one pass over the data.")
 @click.option("--max-length", default=512, show_default=True, help="Tokens in a window.")

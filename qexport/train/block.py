@@ -102,8 +102,16 @@ class Blocks:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """What enters the first block, for tokens [n, length]: [n, length, hidden]."""
-        table = self._read("model.embed_tokens.weight").to(self._device)
-        return nn.functional.embedding(tokens, table)
+        table = self._body.embed_tokens
+        if table.weight.is_meta:
+            table.to_empty(device=self._device)
+            table.weight.data.copy_(self._read("model.embed_tokens.weight"))
+        made: Tensor = table(tokens.to(self._device))
+        return made.detach()
+
+    def forget_embeddings(self) -> None:
+        """They are large."""
+        self._body.embed_tokens.to("meta")
 
     def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """The block's output [n, length, hidden]."""
@@ -145,8 +153,8 @@ def train_blocks(
 ) -> None:
     """Train every block on windows [n, length] and keep its parameters in `folder`.
 
-    `tell` is given a block's number, and the relative error of its output in its first and its
-    last pass. Blocks that `folder` has already are left as they are.
+    `tell` is given a block's number, and the relative error of its output before and after. Blocks
+    that `folder` has already are left as they are.
     """
     folder.mkdir(parents=True, exist_ok=True)
     done = _done(folder)
@@ -161,6 +169,7 @@ def train_blocks(
             first = stream(kind, 0)
             for rows in _parts(len(windows), settings.batch_size):
                 first.write(rows, blocks.embed(windows[rows]))
+        blocks.forget_embeddings()
     for index in range(done, len(blocks)):
         block = blocks.dense(index)
         inputs, targets = stream("quantized", index), stream("dense", index + 1)
@@ -260,7 +269,7 @@ def _train(
     settings: BlockSettings,
     count: int,
 ) -> tuple[float, float]:
-    """Train one block; the relative error over the first and over the last steps' windows."""
+    """Train one block; its relative error before the first step, and over the last quarter."""
     device = next(block.parameters()).device
     scales = [p for name, p in block.named_parameters() if name.endswith(".alpha")]
     weights = [p for name, p in block.named_parameters() if not name.endswith(".alpha")]
@@ -288,5 +297,5 @@ def _train(
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
             errors.append(loss.item())
-    per_pass = -(-count // settings.batch_size)
-    return sum(errors[:per_pass]) / per_pass, sum(errors[-per_pass:]) / per_pass
+    last = errors[-max(1, len(errors) // 4) :]
+    return errors[0], sum(last) / len(last)

@@ -14,6 +14,8 @@ from qexport.train.recipe import RECIPES, Recipe
 
 __all__ = ["TrainConfig"]
 
+DENSE = "16"
+
 # Not part of what the run computes: changing these between a kill and a resume is harmless.
 # So is how a step's windows are shared out: what counts is how many tokens it has.
 _FREE_FIELDS = (
@@ -29,7 +31,8 @@ class TrainConfig:
     model, output          folders
     data, eval_data        as in `qexport.data.documents`; several of data are mixed, by the weights
                            of SOURCE=WEIGHT or else by their sizes
-    bits                   "1", "1.58", "2", "3" or "4"; group_size None is per channel
+    bits                   "1", "1.58", "2", "3" or "4"; "16" is a dense fine-tuning, by which to
+                           judge the others; group_size None is per channel
     max_steps              optimizer steps; None is one pass over the data
     max_length             tokens in a window; batch_size windows in a forward pass
     gradient_accumulation  forward passes in a step
@@ -81,8 +84,8 @@ class TrainConfig:
     resume: bool = True
 
     def __post_init__(self) -> None:
-        if self.bits not in WIDTHS:
-            raise InputError(f"--bits {self.bits} is not a width; choose 1, 1.58, 2, 3 or 4.")
+        if self.bits not in (*WIDTHS, DENSE):
+            raise InputError(f"--bits {self.bits} is not a width; choose 1, 1.58, 2, 3, 4 or 16.")
         if self.group_size is not None and self.group_size < 1:
             raise InputError(f"--group-size {self.group_size} is not a group; use -1 per channel.")
         if self.max_steps is not None and self.max_steps < 0:
@@ -112,6 +115,8 @@ class TrainConfig:
             raise InputError("--offload goes with --shard.")
         if self.teacher_top_k < 0:
             raise InputError(f"--teacher-top-k {self.teacher_top_k} is negative.")
+        if self.bits == DENSE and self.settings.block_epochs:
+            raise InputError("--bits 16 has no blocks to start with; leave out --block-epochs.")
         if self.phase == "block" and not self.settings.block_epochs:
             raise InputError(f"--phase block: {self.recipe} has none; give --block-epochs too.")
         if not 0 <= self.warmup < 1:
@@ -123,7 +128,10 @@ class TrainConfig:
                 raise InputError(f"--{option} {getattr(self, name)} is less than {smallest}.")
 
     @property
-    def scheme(self) -> Scheme:
+    def scheme(self) -> Scheme | None:
+        """None where nothing is quantized."""
+        if self.bits == DENSE:
+            return None
         dtype = torch.float16 if self.scale_dtype == "portable" else torch.float32
         return Scheme(WIDTHS[self.bits].grid, self.group_size, dtype)
 

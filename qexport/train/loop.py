@@ -155,8 +155,9 @@ def _announce(
     largest = max(p.numel() for p in model.parameters())
     # Master, gradient and two moments in fp32; served values and codes kept for the backward pass.
     memory = trainable * 16 + trainable * 5 + largest * 8
+    what = "dense" if config.scheme is None else str(config.scheme)
     console.print(
-        f"{trainable:,} trainable parameters ({alphas:,} scales), {config.scheme}, {precision}; "
+        f"{trainable:,} trainable parameters ({alphas:,} scales), {what}, {precision}; "
         f"about {memory / 2**30:.1f} GiB and activations",
         highlight=False,
     )

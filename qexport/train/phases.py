@@ -29,6 +29,8 @@ def start_by_blocks(
     console: Console,
 ) -> None:
     """Train every block by itself; what comes of it stands in the run's folder."""
+    scheme = config.scheme
+    assert scheme is not None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     blocks = Blocks(source, stored, device)
     settings = BlockSettings(
@@ -52,7 +54,7 @@ def start_by_blocks(
     train_blocks(
         blocks,
         training[chosen],
-        config.scheme,
+        scheme,
         config.scale_init,
         stored,
         settings,

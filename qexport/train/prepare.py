@@ -72,7 +72,7 @@ class _Round(torch.autograd.Function):
 
 def prepare(
     model: nn.Module,
-    scheme: Scheme,
+    scheme: Scheme | None,
     scale_init: Literal["paper", "mse"],
     stored: torch.dtype,
     gradient: Gradient = "paper",
@@ -80,9 +80,30 @@ def prepare(
     """Parametrize an fp32 `model` in place; returns scheme and shape of every quantized module.
 
     The linear layers q, k, v, o, gate, up and down are quantized; embeddings, head, norms and
-    biases are trained and read as `stored`. Raises InputError where the group size does not divide
-    a layer's inputs, CheckpointError where the model has no such layers.
+    biases are trained and read as `stored`; without a scheme, so is everything.
+
+    Raises InputError where the group size does not divide a layer's inputs, CheckpointError where
+    the model has no such layers.
     """
+    layers = {} if scheme is None else _layers(model, scheme)
+    for name, module in list(model.named_modules()):
+        for parameter, value in list(module.named_parameters(recurse=False)):
+            if scheme is not None and name in layers and parameter == "weight":
+                reader: nn.Module = FakeQuantize(value, scheme, scale_init, gradient)
+            elif stored != torch.float32:
+                reader = StoredAs(stored)
+            else:
+                continue
+            parametrize.register_parametrization(module, parameter, reader, unsafe=True)
+    if scheme is None:
+        return {}
+    return {
+        name: (scheme, (layer.out_features, layer.in_features)) for name, layer in layers.items()
+    }
+
+
+def _layers(model: nn.Module, scheme: Scheme) -> dict[str, nn.Linear]:
+    """What is quantized. Raises as `prepare` does."""
     layers = {
         name: module
         for name, module in model.named_modules()
@@ -96,18 +117,7 @@ def prepare(
     _check_whole(model, layers)
     for name, layer in layers.items():
         _check_group(name, layer, scheme)
-    for name, module in list(model.named_modules()):
-        for parameter, value in list(module.named_parameters(recurse=False)):
-            if name in layers and parameter == "weight":
-                reader: nn.Module = FakeQuantize(value, scheme, scale_init, gradient)
-            elif stored != torch.float32:
-                reader = StoredAs(stored)
-            else:
-                continue
-            parametrize.register_parametrization(module, parameter, reader, unsafe=True)
-    return {
-        name: (scheme, (layer.out_features, layer.in_features)) for name, layer in layers.items()
-    }
+    return layers
 
 
 def run_tensors(model: nn.Module, stored: torch.dtype) -> Iterator[tuple[str, Tensor]]:

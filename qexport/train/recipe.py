@@ -41,5 +41,8 @@ _FINE, _COARSE = Recipe(1e-5, 1e-5), Recipe(2e-5, 2e-5)
 
 RECIPES: dict[str, dict[str, Recipe]] = {
     # Liu et al. 2025: billions of tokens, no teacher, one rate for everything
-    "paretoq": {"4": _FINE, "3": _FINE, "2": _COARSE, "1.58": _COARSE, "1": _COARSE},
+    "paretoq": {
+        **{"16": _FINE, "4": _FINE, "3": _FINE},
+        **{"2": _COARSE, "1.58": _COARSE, "1": _COARSE},
+    },
 }

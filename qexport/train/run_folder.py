@@ -138,7 +138,8 @@ def write_run(
         "version": CONFIG_VERSION,
         "config_groups": modules_to_json(modules),
     }
-    write_json(staging / "config.json", {**source.config, "quantization_config": quantization})
+    added = {"quantization_config": quantization} if modules else {}
+    write_json(staging / "config.json", {**source.config, **added})
     for file in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
         file.replace(run / file.name)
     staging.rmdir()

@@ -127,6 +127,21 @@ def test_a_run_is_an_ordinary_folder(runs: Runs) -> None:
     assert len(checkpoint.modules) == 14
 
 
+def test_sixteen_bits_are_a_dense_run(tiny_model: Path, tmp_path: Path) -> None:
+    """An ordinary checkpoint, trained like the others and quantized nowhere."""
+    run = tmp_path / "run"
+    common = {"model": tiny_model, "data": "builtin", "output": run, "max_steps": 3}
+    train(TrainConfig(**common, bits="16", max_length=32, lr=1e-3), Console(quiet=True))  # type: ignore[arg-type]
+    source = open_source(run)
+    assert source is not None and source.layout == "dense" and source.modules == {}
+    assert "quantization_config" not in source.config
+    before, after = dense(tiny_model), AutoModelForCausalLM.from_pretrained(run)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(before.state_dict()[name], after.float().state_dict()[name])
+    with pytest.raises(InputError, match="no blocks to start with"):
+        TrainConfig(**common, bits="16", block_epochs=1)  # type: ignore[arg-type]
+
+
 def test_a_group_that_does_not_divide_names_the_module(tiny_model: Path) -> None:
     with pytest.raises(
         InputError, match=r"does not divide the 64 inputs of model\.layers\.0\.self"
