@@ -30,6 +30,14 @@ A run that was killed goes on from its last checkpoint when the same command is 
     help="Width of a weight; 16 is a dense fine-tuning, by which to judge the others.",
 )
 @click.option("--group-size", default=-1, help="Inputs that share a scale; -1 is per channel.")
+@click.option("--include", multiple=True, metavar="PATTERN", help="Quantize these layers alone.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave these dense: '*.o_proj'.")
+@click.option(
+    "--module-bits",
+    multiple=True,
+    metavar="PATTERN=BITS[:GROUP]",
+    help="Widths of their own: '*.down_proj=4:32'; the first that fits counts.",
+)
 @click.option("--max-steps", type=int, help="Optimizer steps; default one pass over the data.")
 @click.option("--max-length", default=512, show_default=True, help="Tokens in a window.")
 @click.option("--batch-size", default=4, show_default=True, help="Windows in a forward pass.")

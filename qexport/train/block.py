@@ -13,12 +13,14 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from qexport.checkpoint import Checkpoint
 from qexport.grid import Scheme
@@ -26,7 +28,7 @@ from qexport.modelling import meta_model
 from qexport.output import write_json
 from qexport.paretoq import Gradient, effective_scale, initial_alpha
 from qexport.quantize.gptq import compensate
-from qexport.train.prepare import prepare
+from qexport.train.prepare import Choose, FakeQuantize, prepare
 
 __all__ = ["DONE", "BlockSettings", "Blocks", "load_blocks", "train_blocks"]
 
@@ -144,7 +146,7 @@ class _Stream:
 def train_blocks(
     blocks: Blocks,
     windows: Tensor,
-    scheme: Scheme,
+    choose: Choose,
     scale_init: Literal["paper", "mse"],
     stored: torch.dtype,
     settings: BlockSettings,
@@ -174,7 +176,8 @@ def train_blocks(
         block = blocks.dense(index)
         inputs, targets = stream("quantized", index), stream("dense", index + 1)
         _advance(blocks, index, block, stream("dense", index), targets, settings, len(windows))
-        prepare(block, scheme, scale_init, stored, settings.gradient)
+        own = partial(_choose, choose, blocks.name(index))
+        prepare(block, own, scale_init, stored, settings.gradient)
         if settings.compensated:
             _compensate(blocks, index, block, inputs, settings)
         before, after = _train(blocks, index, block, inputs, targets, settings, len(windows))
@@ -187,6 +190,10 @@ def train_blocks(
             (folder / f"{kind}-{index}.bin").unlink(missing_ok=True)
         blocks.release(index)
         tell(index, before, after)
+
+
+def _choose(choose: Choose, prefix: str, name: str) -> Scheme | None:
+    return choose(prefix + name)
 
 
 def load_blocks(folder: Path, model: nn.Module) -> None:
@@ -252,7 +259,11 @@ def _compensate(
                 blocks.run(index, block, inputs.read(rows, device))
         hook.remove()
         for layer in layers:
+            if not parametrize.is_parametrized(layer, "weight"):
+                continue  # it stays dense, in float32
             chain = layer.parametrizations.weight
+            if not isinstance(chain[0], FakeQuantize):
+                continue
             reader, master = chain[0], chain.original
             importance = hessian.diagonal() / hessian.diagonal().mean()
             reader.alpha.copy_(initial_alpha(master, reader.scheme, "mse", importance))

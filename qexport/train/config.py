@@ -1,6 +1,8 @@
 """What a training run is asked to do, checked before anything heavy starts."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +35,9 @@ class TrainConfig:
                            of SOURCE=WEIGHT or else by their sizes
     bits                   "1", "1.58", "2", "3" or "4"; "16" is a dense fine-tuning, by which to
                            judge the others; group_size None is per channel
+    include, exclude       patterns of the names of layers that are quantized, and that are not
+    module_bits            "PATTERN=BITS" or "PATTERN=BITS:GROUP" for layers with a width of their
+                           own; the first one that fits counts
     max_steps              optimizer steps; None is one pass over the data
     max_length             tokens in a window; batch_size windows in a forward pass
     gradient_accumulation  forward passes in a step
@@ -49,6 +54,9 @@ class TrainConfig:
     output: Path
     bits: str
     group_size: int | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    module_bits: tuple[str, ...] = ()
     max_steps: int | None = None
     max_length: int = 512
     batch_size: int = 4
@@ -90,6 +98,8 @@ class TrainConfig:
             raise InputError(f"--group-size {self.group_size} is not a group; use -1 per channel.")
         if self.max_steps is not None and self.max_steps < 0:
             raise InputError(f"--max-steps {self.max_steps} is negative.")
+        for rule in self.module_bits:
+            _parse_rule(rule)
         weighted = [weight is not None for _, weight in self.sources]
         if not weighted or any(weighted) != all(weighted):
             raise InputError("--data: give a weight to every source, as in FILE=0.5, or to none.")
@@ -129,11 +139,37 @@ class TrainConfig:
 
     @property
     def scheme(self) -> Scheme | None:
-        """None where nothing is quantized."""
-        if self.bits == DENSE:
+        """Of layers without a rule of their own; None where nothing is quantized."""
+        return self._scheme(self.bits, self.group_size)
+
+    def _scheme(self, bits: str, group_size: int | None) -> Scheme | None:
+        if bits == DENSE:
             return None
         dtype = torch.float16 if self.scale_dtype == "portable" else torch.float32
-        return Scheme(WIDTHS[self.bits].grid, self.group_size, dtype)
+        return Scheme(WIDTHS[bits].grid, group_size, dtype)
+
+    def scheme_of(self, layer: str) -> Scheme | None:
+        """By the name of a layer; None where it stays dense."""
+        for rule in self.module_bits:
+            pattern, bits, group_size = _parse_rule(rule)
+            if fnmatchcase(layer, pattern):
+                return self._scheme(bits, self.group_size if group_size == 0 else group_size)
+        if any(fnmatchcase(layer, pattern) for pattern in self.exclude):
+            return None
+        if self.include and not any(fnmatchcase(layer, pattern) for pattern in self.include):
+            return None
+        return self.scheme
+
+    def check_patterns(self, layers: Iterable[str]) -> None:
+        """Raise InputError for a pattern that fits no layer."""
+        names = list(layers)
+        rules = [_parse_rule(rule)[0] for rule in self.module_bits]
+        for pattern in (*self.include, *self.exclude, *rules):
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise InputError(
+                    f"no layer's name fits {pattern}; they are like "
+                    "model.layers.0.self_attn.q_proj."
+                )
 
     @property
     def sources(self) -> list[tuple[str, float | None]]:
@@ -172,6 +208,19 @@ class TrainConfig:
 
 def _flag(name: str, config: TrainConfig) -> str:
     return f"--{name.replace('_', '-')} {getattr(config.settings, name)}"
+
+
+def _parse_rule(text: str) -> tuple[str, str, int | None]:
+    """Pattern, bits and group size: None is per channel, 0 is that of the others."""
+    pattern, sign, value = text.rpartition("=")
+    bits, colon, group = value.partition(":")
+    if not sign or bits not in (*WIDTHS, DENSE):
+        raise InputError(f"--module-bits {text}: give PATTERN=BITS, with 1, 1.58, 2, 3, 4 or 16.")
+    if not colon:
+        return pattern, bits, 0
+    if group != "-1" and not (group.isdigit() and int(group) > 0):
+        raise InputError(f"--module-bits {text}: {group} is not a group size.")
+    return pattern, bits, None if group == "-1" else int(group)
 
 
 def _parse_source(text: str) -> tuple[str, float | None]:

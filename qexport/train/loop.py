@@ -55,7 +55,8 @@ def train(config: TrainConfig, console: Console, *, dry_run: bool = False) -> di
     precision = _precision(config)
     model, stored = _load_model(source)
     _check_fit(config, model, training)
-    modules = prepare(model, config.scheme, config.scale_init, stored, config.settings.gradient)
+    modules = prepare(model, config.scheme_of, config.scale_init, stored, config.settings.gradient)
+    config.check_patterns(name for name, _ in model.named_modules())
     _check_names(source, model, stored)
     _announce(console, config, model, training, max_steps, precision)
     if dry_run:

@@ -29,8 +29,6 @@ def start_by_blocks(
     console: Console,
 ) -> None:
     """Train every block by itself; what comes of it stands in the run's folder."""
-    scheme = config.scheme
-    assert scheme is not None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     blocks = Blocks(source, stored, device)
     settings = BlockSettings(
@@ -54,7 +52,7 @@ def start_by_blocks(
     train_blocks(
         blocks,
         training[chosen],
-        scheme,
+        config.scheme_of,
         config.scale_init,
         stored,
         settings,

@@ -5,7 +5,7 @@ Parametrizations stand between the fp32 master and whoever reads it. A quantized
 store. What the forward pass of training computes with is therefore what is written and served.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,9 @@ from qexport.grid import Scheme
 from qexport.paretoq import Gradient, effective_scale, fake_quantize, initial_alpha
 from qexport.train.ranks import whole
 
-__all__ = ["FakeQuantize", "StoredAs", "prepare", "run_tensors"]
+__all__ = ["Choose", "FakeQuantize", "StoredAs", "prepare", "run_tensors"]
+
+Choose = Callable[[str], Scheme | None]  # by a layer's name
 
 QUANTIZED_LAYERS = frozenset(
     ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -72,38 +74,40 @@ class _Round(torch.autograd.Function):
 
 def prepare(
     model: nn.Module,
-    scheme: Scheme | None,
+    choose: Choose,
     scale_init: Literal["paper", "mse"],
     stored: torch.dtype,
     gradient: Gradient = "paper",
 ) -> Modules:
     """Parametrize an fp32 `model` in place; returns scheme and shape of every quantized module.
 
-    The linear layers q, k, v, o, gate, up and down are quantized; embeddings, head, norms and
-    biases are trained and read as `stored`; without a scheme, so is everything.
+    The linear layers q, k, v, o, gate, up and down are quantized, each on the scheme that `choose`
+    gives for its name. Those for which it gives None, embeddings, head, norms and biases are
+    trained and read as `stored`.
 
     Raises InputError where the group size does not divide a layer's inputs, CheckpointError where
-    the model has no such layers.
+    the model has matrices that are none of these.
     """
-    layers = {} if scheme is None else _layers(model, scheme)
+    modules: Modules = {}
+    for name, layer in _layers(model).items():
+        scheme = choose(name)
+        if scheme is not None:
+            _check_group(name, layer, scheme)
+            modules[name] = scheme, (layer.out_features, layer.in_features)
     for name, module in list(model.named_modules()):
         for parameter, value in list(module.named_parameters(recurse=False)):
-            if scheme is not None and name in layers and parameter == "weight":
-                reader: nn.Module = FakeQuantize(value, scheme, scale_init, gradient)
+            if name in modules and parameter == "weight":
+                reader: nn.Module = FakeQuantize(value, modules[name][0], scale_init, gradient)
             elif stored != torch.float32:
                 reader = StoredAs(stored)
             else:
                 continue
             parametrize.register_parametrization(module, parameter, reader, unsafe=True)
-    if scheme is None:
-        return {}
-    return {
-        name: (scheme, (layer.out_features, layer.in_features)) for name, layer in layers.items()
-    }
+    return modules
 
 
-def _layers(model: nn.Module, scheme: Scheme) -> dict[str, nn.Linear]:
-    """What is quantized. Raises as `prepare` does."""
+def _layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """What may be quantized. Raises CheckpointError as `prepare` does."""
     layers = {
         name: module
         for name, module in model.named_modules()
@@ -115,8 +119,6 @@ def _layers(model: nn.Module, scheme: Scheme) -> dict[str, nn.Linear]:
             "gate_proj, up_proj, down_proj)."
         )
     _check_whole(model, layers)
-    for name, layer in layers.items():
-        _check_group(name, layer, scheme)
     return layers
 
 

@@ -1,6 +1,7 @@
 """What training computes with is what is written: parametrized values, and the RUN they become."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qexport.checkpoint import modules_to_json, open_source
-from qexport.errors import CheckpointError, InputError
+from qexport.errors import CheckpointError, InputError, RefusedError
 from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.pack import pack
 from qexport.grid import Scheme
@@ -31,7 +32,7 @@ def dense(folder: Path) -> Any:
 
 def test_what_is_trained_and_what_is_quantized(tiny_model: Path) -> None:
     model = dense(tiny_model)
-    modules = prepare(model, Scheme(WIDTHS["2"].grid, 32), "mse", torch.bfloat16)
+    modules = prepare(model, lambda _: Scheme(WIDTHS["2"].grid, 32), "mse", torch.bfloat16)
     assert len(modules) == 14
     assert {name.rpartition(".")[2] for name in modules} == {
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -48,7 +49,7 @@ def test_what_is_trained_and_what_is_quantized(tiny_model: Path) -> None:
 
 def test_gradients_reach_masters_scales_norms_and_embeddings(tiny_model: Path) -> None:
     model = dense(tiny_model)
-    prepare(model, Scheme(WIDTHS["3"].grid, 32), "mse", torch.bfloat16)
+    prepare(model, lambda _: Scheme(WIDTHS["3"].grid, 32), "mse", torch.bfloat16)
     ids = torch.randint(0, 250, (2, 16))
     model(input_ids=ids, labels=ids).loss.backward()
     missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
@@ -79,7 +80,7 @@ def test_served_logits_are_the_fake_quant_models_bit_for_bit(
     """The trained module tree itself, not its RUN, against the packed file loaded back."""
     model = dense(tiny_model)
     scheme = Scheme(WIDTHS[bits].grid, 32)
-    modules = prepare(model, scheme, "mse", torch.bfloat16)
+    modules = prepare(model, lambda _: scheme, "mse", torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     ids = torch.randint(0, 250, (2, 24))
     for _ in range(3):
@@ -127,6 +128,42 @@ def test_a_run_is_an_ordinary_folder(runs: Runs) -> None:
     assert len(checkpoint.modules) == 14
 
 
+def test_layers_with_widths_of_their_own(tiny_model: Path, tmp_path: Path) -> None:
+    """Through the block-wise start and every format that can mix them."""
+    config = TrainConfig(
+        model=tiny_model,
+        data="builtin",
+        output=tmp_path / "run",
+        bits="2",
+        group_size=32,
+        exclude=("model.layers.0.self_attn.o_proj",),
+        module_bits=("*.down_proj=4:64", "*.layers.1.mlp.*=3"),
+        max_steps=2,
+        max_length=32,
+        block_epochs=1,
+        block_windows=4,
+        block_compensated=4,
+    )
+    train(config, Console(quiet=True))
+    run = open_checkpoint(config.output)
+    found = {name: scheme.label for name, (scheme, _) in run.modules.items()}
+    assert "model.layers.0.self_attn.o_proj" not in found and len(found) == 13
+    assert found["model.layers.1.mlp.down_proj"] == "int4 g64"
+    assert found["model.layers.1.mlp.up_proj"] == "int3 g32"
+    assert found["model.layers.0.mlp.up_proj"] == "seq2 g32"
+    taken = []
+    for name, form in FORMATS.items():
+        try:
+            assert pack(run, form, tmp_path / name).exact, name
+        except RefusedError:
+            continue
+        taken.append(name)
+    assert {"native", "compressed-tensors", "gguf"} <= set(taken)
+    for wrong in ({"exclude": ("*.lost",)}, {"module_bits": ("*.up_proj=5",)}):
+        with pytest.raises(InputError, match=r"no layer's name fits|give PATTERN=BITS"):
+            train(replace(config, output=tmp_path / "no", **wrong), Console(quiet=True))  # type: ignore[arg-type]
+
+
 def test_sixteen_bits_are_a_dense_run(tiny_model: Path, tmp_path: Path) -> None:
     """An ordinary checkpoint, trained like the others and quantized nowhere."""
     run = tmp_path / "run"
@@ -146,12 +183,12 @@ def test_a_group_that_does_not_divide_names_the_module(tiny_model: Path) -> None
     with pytest.raises(
         InputError, match=r"does not divide the 64 inputs of model\.layers\.0\.self"
     ):
-        prepare(dense(tiny_model), Scheme(WIDTHS["2"].grid, 48), "mse", torch.bfloat16)
+        prepare(dense(tiny_model), lambda _: Scheme(WIDTHS["2"].grid, 48), "mse", torch.bfloat16)
 
 
 def test_a_model_without_such_layers_is_refused() -> None:
     with pytest.raises(CheckpointError, match="none of the layers"):
-        prepare(torch.nn.Linear(4, 4), Scheme(WIDTHS["2"].grid), "mse", torch.bfloat16)
+        prepare(torch.nn.Linear(4, 4), lambda _: Scheme(WIDTHS["2"].grid), "mse", torch.bfloat16)
 
 
 @pytest.mark.parametrize("kind", ["Phi3", "Mixtral"])
@@ -163,7 +200,7 @@ def test_architectures_that_would_be_half_quantized_are_refused(tmp_path: Path, 
     config = getattr(transformers, f"{kind}Config")(**sizes, **heads)
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     with pytest.raises(CheckpointError, match=r"would be left unquantized|none of the layers"):
-        prepare(model, Scheme(WIDTHS["2"].grid), "mse", torch.bfloat16)
+        prepare(model, lambda _: Scheme(WIDTHS["2"].grid), "mse", torch.bfloat16)
 
 
 @pytest.mark.parametrize("kind", ["Qwen2", "Qwen3", "Mistral"])
