@@ -10,7 +10,7 @@ from qexport.cli.serving import engine_options
 from qexport.errors import InputError
 
 if TYPE_CHECKING:
-    from qexport.runtime.bench.report import Page
+    from qexport.page import Page
 
 _COUNT = click.IntRange(1, 10_000)
 _output = click.option(

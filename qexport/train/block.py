@@ -28,6 +28,7 @@ from qexport.modelling import meta_model
 from qexport.output import write_json
 from qexport.paretoq import Gradient, effective_scale, initial_alpha
 from qexport.quantize.gptq import compensate
+from qexport.tensor import QuantizedTensor
 from qexport.train.prepare import Choose, FakeQuantize, prepare
 
 __all__ = ["DONE", "BlockSettings", "Blocks", "load_blocks", "train_blocks"]
@@ -62,7 +63,7 @@ class BlockSettings:
 
 
 class Blocks:
-    """The decoder blocks of a dense checkpoint, made one at a time.
+    """The decoder blocks of a checkpoint, dense or dequantized, made one at a time.
 
     The model's own forward pass runs over a body that holds a single block, so that masks, rotary
     embeddings and whatever else a family does around its blocks are transformers' own.
@@ -89,7 +90,7 @@ class Blocks:
         return f"model.layers.{index}."
 
     def dense(self, index: int) -> nn.Module:
-        """A block with its dense float32 weights."""
+        """A block with its float32 weights."""
         prefix = self.name(index)
         block: nn.Module = self._layers[index].to_empty(device=self._device)
         state = {
@@ -124,7 +125,10 @@ class Blocks:
         return out
 
     def _read(self, name: str) -> Tensor:
-        return self._source.dense(name).to(self._stored).float()
+        value = self._source[name]
+        if isinstance(value, QuantizedTensor):
+            return value.dequantize()
+        return value.to(self._stored).float()
 
 
 class _Stream:

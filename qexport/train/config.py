@@ -1,5 +1,6 @@
 """What a training run is asked to do, checked before anything heavy starts."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
@@ -203,7 +204,8 @@ class TrainConfig:
         found["data"] = [_resolved(name, weight) for name, weight in self.sources]
         if self.eval_data is not None:
             found["eval_data"] = _resolved(self.eval_data, None)
-        return found
+        marked: dict[str, Any] = json.loads(json.dumps(found, default=str))  # lists, not tuples
+        return marked
 
 
 def _flag(name: str, config: TrainConfig) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from qexport.checkpoint import Checkpoint, open_source
+from qexport.checkpoint import Checkpoint, Modules, open_source
 from qexport.errors import CheckpointError, InputError
 from qexport.modelling import build_model, load_tokenizer
 from qexport.output import disk_errors, mark
@@ -21,9 +22,10 @@ from qexport.train.phases import make_teacher, start_by_blocks
 from qexport.train.prepare import prepare, run_tensors
 from qexport.train.progress import ProgressReport
 from qexport.train.ranks import barrier, is_main, join
+from qexport.train.report import write_report
 from qexport.train.run_folder import BLOCKS, claimed, finished, write_run
 from qexport.train.shard import shard
-from qexport.train.text import MixedWindows, load_text
+from qexport.train.text import MixedWindows, Text, load_text
 from qexport.train.trainer import QatTrainer, make_trainer
 
 __all__ = ["train"]
@@ -44,50 +46,76 @@ def train(config: TrainConfig, console: Console, *, dry_run: bool = False) -> di
     if found is not None:
         console.print(f"{config.output} is finished already; --no-resume trains it anew.")
         return found
-    tokenizer = load_tokenizer(config.model)
-    text = load_text(config, tokenizer)
-    training = text.rows
+    job = _prepared(config, source)
+    _announce(console, config, job)
+    if dry_run:
+        return {"steps": job.max_steps, "tokens": job.max_steps * config.tokens_per_step}
+    with claimed(config) as run, disk_errors(run):
+        return _carry_out(config, job, run, console)
+
+
+@dataclass
+class _Job:
+    """What a run works with, once everything is checked.
+
+    model, modules   prepared, and what of it is quantized; stored: dtype of the rest
+    """
+
+    source: Checkpoint
+    text: Text
+    model: Any
+    modules: Modules
+    stored: torch.dtype
+    max_steps: int
+    precision: str
+
+
+def _prepared(config: TrainConfig, source: Checkpoint) -> _Job:
+    text = load_text(config, load_tokenizer(config.model))
     max_steps = config.max_steps
     if max_steps is None:
-        max_steps = max(1, len(training) // config.windows_per_step)
+        max_steps = max(1, len(text.rows) // config.windows_per_step)
     if config.phase == "block":
         max_steps = 0
-    precision = _precision(config)
     model, stored = _load_model(source)
-    _check_fit(config, model, training)
+    _check_fit(config, model, text.rows)
     modules = prepare(model, config.scheme_of, config.scale_init, stored, config.settings.gradient)
     config.check_patterns(name for name, _ in model.named_modules())
     _check_names(source, model, stored)
-    _announce(console, config, model, training, max_steps, precision)
-    if dry_run:
-        return {"steps": max_steps, "tokens": max_steps * config.tokens_per_step}
-    with claimed(config) as run, disk_errors(run):
-        resumed = state.last_checkpoint(run)
-        if resumed is not None:
-            console.print(f"resuming from {resumed.name}")
-        elif config.phase != "end" and config.settings.block_epochs:
-            if is_main():
-                start_by_blocks(config, source, stored, training, precision, run, console)
-            barrier()
-            load_blocks(run / BLOCKS, model)
-        if config.shard:
-            shard(model, offload=config.offload)
-        report = ProgressReport(console, config.tokens_per_step)
-        trainer = make_trainer(config, model, text, max_steps, precision, report)
-        if max_steps:
-            if config.settings.distill:
-                trainer.teacher = make_teacher(config, source, trainer, training, run, console)
-            with contextlib.closing(report):
-                trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
-        results = _results(trainer, config, max_steps, text.held_out)
-        tensors = run_tensors(model, stored)
+    return _Job(source, text, model, modules, stored, max_steps, _precision(config))
+
+
+def _carry_out(config: TrainConfig, job: _Job, run: Path, console: Console) -> dict[str, Any]:
+    """Every phase, and the RUN that comes of them."""
+    training, source = job.text.rows, job.source
+    resumed = state.last_checkpoint(run)
+    if resumed is not None:
+        console.print(f"resuming from {resumed.name}")
+    elif config.phase != "end" and config.settings.block_epochs:
         if is_main():
-            write_run(run, source, modules, tensors, results, trainer.state)
-            mark(run, "run", status="finished", settings=config.identity())
-            state.drop_checkpoints(run)
-        else:
-            deque(tensors, maxlen=0)  # its part of each
+            start_by_blocks(config, source, job.stored, training, job.precision, run, console)
         barrier()
+        load_blocks(run / BLOCKS, job.model)
+    if config.shard:
+        shard(job.model, offload=config.offload)
+    report = ProgressReport(console, config.tokens_per_step)
+    trainer = make_trainer(config, job.model, job.text, job.max_steps, job.precision, report)
+    if job.max_steps:
+        if config.settings.distill:
+            trainer.teacher = make_teacher(config, source, trainer, training, run, console)
+        with contextlib.closing(report):
+            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    results = _results(trainer, config, job.max_steps, job.text.held_out)
+    tensors = run_tensors(job.model, job.stored)
+    if is_main():
+        write_run(run, source, job.modules, tensors, results, trainer.state)
+        shown = training if job.text.held_out is None else job.text.held_out
+        write_report(run, source, results, shown)
+        mark(run, "run", status="finished", settings=config.identity())
+        state.drop_checkpoints(run)
+    else:
+        deque(tensors, maxlen=0)  # its part of each
+    barrier()
     return results
 
 
@@ -143,14 +171,8 @@ def _precision(config: TrainConfig) -> str:
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
 
 
-def _announce(
-    console: Console,
-    config: TrainConfig,
-    model: nn.Module,
-    training: Tensor,
-    max_steps: int,
-    precision: str,
-) -> None:
+def _announce(console: Console, config: TrainConfig, job: _Job) -> None:
+    model, max_steps, training = job.model, job.max_steps, job.text.rows
     trainable = sum(p.numel() for p in model.parameters())
     alphas = sum(p.numel() for name, p in model.named_parameters() if name.endswith(".alpha"))
     largest = max(p.numel() for p in model.parameters())
@@ -158,7 +180,7 @@ def _announce(
     memory = trainable * 16 + trainable * 5 + largest * 8
     what = "dense" if config.scheme is None else str(config.scheme)
     console.print(
-        f"{trainable:,} trainable parameters ({alphas:,} scales), {what}, {precision}; "
+        f"{trainable:,} trainable parameters ({alphas:,} scales), {what}, {job.precision}; "
         f"about {memory / 2**30:.1f} GiB and activations",
         highlight=False,
     )

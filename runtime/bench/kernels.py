@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from qexport.grid import Scheme
+from qexport.page import Page, Table
 from qexport.runtime.bench.machine import describe
 from qexport.runtime.bench.noise import Noise
-from qexport.runtime.bench.report import Page, Table, machine_facts
+from qexport.runtime.bench.report import machine_facts
 from qexport.runtime.bench.statistics import percentiles
 from qexport.runtime.kernels import KERNELS
 from qexport.svg import line_chart

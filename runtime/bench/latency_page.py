@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
+from qexport.page import Page, Table
 from qexport.runtime.bench.latency import step_seconds
-from qexport.runtime.bench.report import Page, Table, machine_facts
+from qexport.runtime.bench.report import machine_facts
 from qexport.svg import line_chart
 
 __all__ = ["latency_page"]

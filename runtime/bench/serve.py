@@ -16,8 +16,9 @@ from typing import Any
 import httpx
 
 from qexport.errors import InputError, QexportError
+from qexport.page import Page, Table
 from qexport.runtime.bench.machine import describe
-from qexport.runtime.bench.report import Page, Table, machine_facts
+from qexport.runtime.bench.report import machine_facts
 from qexport.runtime.bench.statistics import percentiles, request_times
 from qexport.svg import line_chart
 

@@ -17,12 +17,12 @@ from qexport.checkpoint import Checkpoint
 from qexport.errors import QexportError
 from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.pack import pack
+from qexport.page import cell
 from qexport.runtime.bench.backends import Answers, Options
 from qexport.runtime.bench.backends import _note as note_llama
 from qexport.runtime.bench.contender import Contender, Running
 from qexport.runtime.bench.latency import SCHEMA, crossovers
 from qexport.runtime.bench.noise import Noise
-from qexport.runtime.bench.report import cell
 from qexport.runtime.bench.statistics import percentiles, request_times
 from qexport.tiny import write_tiny_model
 from tests.conftest import Cli, Runs

@@ -1,0 +1,136 @@
+"""`report.html` of a run: what training did to the model, layer by layer.
+
+It is made of files alone: the dense checkpoint, the RUN, and the history of its steps. Of the two
+models one block at a time is held.
+"""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qexport.checkpoint import Checkpoint, open_source
+from qexport.output import write_json
+from qexport.page import Page, Table, html
+from qexport.svg import line_chart
+from qexport.tensor import QuantizedTensor, quantize
+from qexport.train.block import Blocks
+
+__all__ = ["report", "write_report"]
+
+_WINDOWS, _LONGEST = 2, 256  # of held-out text, for errors of outputs
+
+
+def write_report(run: Path, dense: Checkpoint, results: dict[str, Any], text: Tensor) -> None:
+    """`report.json` and `report.html` in a RUN that is there; `text` are windows [n, length]."""
+    found = report(run, dense, results, text)
+    write_json(run / "report.json", found)
+    (run / "report.html").write_text(html(_page(found)), encoding="utf-8")
+
+
+def report(run: Path, dense: Checkpoint, results: dict[str, Any], text: Tensor) -> dict[str, Any]:
+    """Of every layer its codes and scales, of every block its output's error, and the history."""
+    trained = open_source(run)
+    assert trained is not None
+    return {
+        "schema": "qexport.train.report/1",
+        "results": results,
+        "history": _history(run),
+        "layers": [
+            {"layer": name.removesuffix(".weight"), **_layer(trained.quantized(name), dense, name)}
+            for name, entry in trained.entries.items()
+            if entry.scheme is not None
+        ],
+        "block_errors": _block_errors(dense, trained, text[:_WINDOWS, :_LONGEST]),
+    }
+
+
+def _history(run: Path) -> list[dict[str, float]]:
+    path = run / "trainer_state.json"
+    if not path.exists():
+        return []
+    rows = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+    return [{key: row[key] for key in ("step", "loss")} for row in rows if "loss" in row]
+
+
+def _layer(found: QuantizedTensor, dense: Checkpoint, name: str) -> dict[str, Any]:
+    """Shares of codes, scales, and how far the weights are from where they began."""
+    before = dense.dense(name).float()
+    scheme, scales = found.scheme, found.scales.float()
+    counts = torch.bincount(found.codes.flatten().int(), minlength=scheme.grid.levels)
+    rounded = quantize(before, scales, scheme).codes
+    return {
+        "scheme": scheme.label,
+        "codes": (counts / counts.sum()).tolist(),
+        "scales": scales.quantile(torch.tensor([0.0, 0.5, 1.0])).tolist()
+        if scales.numel() < 1 << 24
+        else [float(scales.min()), float(scales.median()), float(scales.max())],
+        "changed": float((rounded != found.codes).float().mean()),
+        "weight_error": float((found.dequantize() - before).norm() / before.norm()),
+    }
+
+
+@torch.no_grad()
+def _block_errors(dense: Checkpoint, trained: Checkpoint, tokens: Tensor) -> list[float]:
+    """Relative errors of the blocks' outputs, each model on activations of its own."""
+    cpu = torch.device("cpu")
+    models = [Blocks(one, torch.float32, cpu) for one in (dense, trained)]
+    hidden = [model.embed(tokens) for model in models]
+    errors = []
+    for index in range(len(models[0])):
+        for which, model in enumerate(models):
+            hidden[which] = model.run(index, model.dense(index), hidden[which])
+            model.release(index)
+        wanted, found = hidden
+        # by tokens, as the block-wise start has it: a few are a thousand times as large
+        errors.append(float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).mean()))
+    return errors
+
+
+def _page(found: dict[str, Any]) -> Page:
+    results, history, layers = found["results"], found["history"], found["layers"]
+    facts = {
+        "steps": f"{results['steps']:,} of {results['tokens']:,} tokens in all",
+        "schemes": ", ".join(sorted({layer["scheme"] for layer in layers})) or "dense",
+    }
+    if results.get("eval_perplexity") is not None:
+        tokens = results["eval_tokens"]
+        facts["held out"] = f"perplexity {results['eval_perplexity']:.2f}, {tokens:,} tokens"
+    if results.get("train_runtime"):
+        rate = results["tokens"] / results["train_runtime"]
+        facts["end to end"] = f"{results['train_runtime']:.0f} s, {rate:,.0f} tokens/s"
+    charts = []
+    if len(history) > 1:
+        line = [(row["step"], row["loss"]) for row in history if row["loss"] > 0]
+        charts.append(line_chart("Loss", "step", "loss", {"training": line}))
+    errors = [(index + 1, error) for index, error in enumerate(found["block_errors"]) if error > 0]
+    if errors:
+        charts.append(line_chart("Error of outputs", "block", "of its norm", {"run": errors}))
+    kinds: dict[str, list[tuple[float, float]]] = {}
+    for layer in layers:
+        kind = layer["layer"].rpartition(".")[2]
+        line = kinds.setdefault(kind, [])
+        line.append((len(line) + 1, layer["scales"][1]))
+    if kinds:
+        charts.append(line_chart("Median scales", "block", "scale", kinds))
+    headings = ("layer", "scheme", "codes, %", "least scale", "median", "largest", "changed, %")
+    rows = [
+        [
+            *(layer["layer"], layer["scheme"]),
+            " ".join(f"{100 * share:.0f}" for share in layer["codes"]),
+            *layer["scales"],
+            *(100 * layer["changed"], 100 * layer["weight_error"]),
+        ]
+        for layer in layers
+    ]
+    notes = [
+        "Codes: how many weights have each, lowest first. Changed: codes that differ from those of "
+        "the dense weights rounded by the same scales. Errors are of norms: of a layer's weights, "
+        "and of what comes out of a block on held-out text, both models on their own activations; "
+        f"the median block's is {statistics.median(found['block_errors'] or [0.0]):.1%}.",
+    ]
+    table = Table("Layers", (*headings, "weight error, %"), rows)
+    return Page("Training", facts, None, [table], charts, notes)
