@@ -1,11 +1,13 @@
 """`qexport train`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from qexport.cli.common import Command, json_option, print_json, progress_console, size
+from qexport.cli.familiar import translated
 
 _EPILOG = """\b
 Examples:
@@ -13,10 +15,17 @@ Examples:
   qexport train ./SmolLM2-135M --data builtin --bits 2 --group-size 64 --max-steps 100 -o run
   qexport train org/model --data chats.jsonl --bits 3 --config run.yaml -o run
 
-A run that was killed goes on from its last checkpoint when the same command is given again."""
+A run that was killed goes on from its last checkpoint when the same command is given again.
+Options of ParetoQ's scripts are understood too (--w_bits, --input_model_filename, ...)."""
 
 
-@click.command(cls=Command, epilog=_EPILOG)
+class _TrainCommand(Command):
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """ParetoQ's own options too."""
+        return super().parse_args(ctx, translated(args, partial(click.echo, err=True)))
+
+
+@click.command(cls=_TrainCommand, epilog=_EPILOG)
 @click.argument("model", required=False)
 @click.option(
     "--data",
