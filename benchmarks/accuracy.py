@@ -13,15 +13,20 @@ QAT         by the `fast` recipe: GPTQ's rounding, block by block, then end to e
 Every row is recorded as soon as it is there, and is not made again: a width takes an hour.
 """
 
+import argparse
+import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from benchmarks.demo import OUTPUT, fetch
+from benchmarks.machine import record
 from qexport.data import documents, tokenize
 from qexport.evaluate import evaluate
+from qexport.output import write_json
 from qexport.runtime.loader import open_model
 from qexport.train import TrainConfig, train
 
@@ -85,16 +90,56 @@ def perplexities(folder: Path) -> dict[str, float]:
     return found
 
 
-def width_rows(bits: str) -> dict[str, Any]:
+Row = Callable[[dict[str, Any]], dict[str, Any]]  # of the rows that are there already
+
+
+def dense_rows() -> dict[str, Row]:
+    """As it is, and trained on the tokens that the others train on."""
+    return {
+        "dense": lambda _: {"minutes": 0.0, "tokens": 0, **perplexities(fetch())},
+        "fine-tuned": lambda _: trained("16", bits="16", recipe="fast", max_steps=STEPS),
+    }
+
+
+def width_rows(bits: str) -> dict[str, Row]:
     """RTN, the whole recipe, and end to end alone in as much time."""
-    rows = {f"{bits} RTN": lambda _: trained(f"{bits}-rtn", bits=bits, max_steps=0)}
-    rows[f"{bits} QAT"] = lambda _: trained(
-        f"{bits}-qat", bits=bits, recipe="fast", max_steps=STEPS
-    )
 
     def alone(done: dict[str, Any]) -> dict[str, Any]:
         whole = done[f"{bits} QAT"]
         steps = round(STEPS * whole["minutes"] * 60 / whole["train_seconds"])
         return trained(f"{bits}-end", bits=bits, recipe="fast", phase="end", max_steps=steps)
 
-    return {**rows, f"{bits} end to end": alone}
+    return {
+        f"{bits} RTN": lambda _: trained(f"{bits}-rtn", bits=bits, max_steps=0),
+        f"{bits} QAT": lambda _: trained(f"{bits}-qat", bits=bits, recipe="fast", max_steps=STEPS),
+        f"{bits} end to end": alone,
+    }
+
+
+def main() -> None:
+    """Make what rows are lacking, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--width", nargs="*", choices=WIDTHS, default=list(WIDTHS))
+    asked = parser.parse_args()
+    kept = OUTPUT / f"{NAME}.json"
+    done: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    rows = dense_rows()
+    for bits in asked.width:
+        rows |= width_rows(bits)
+    for name, make in rows.items():
+        if name not in done:
+            console.print(f"[{name}]", markup=False)
+            done[name] = make(done)
+            write_json(kept, done)
+    tuned = done["fine-tuned"]["builtin"]
+    for name, row in done.items():
+        row["over_fine_tuned"] = row["builtin"] / tuned
+        figures = f"builtin {row['builtin']:.2f}, {row['over_fine_tuned']:.2f} of fine-tuned; "
+        figures += f"generated {row['generated']:.2f}; {row['tokens']:,} tokens"
+        console.print(f"{name:18} {figures}, {row['minutes']:.1f} min")
+    path = record(NAME, {"window": WINDOW, "group_size": 64, "rows": done})
+    console.print(f"recorded {path.name}")
+
+
+if __name__ == "__main__":
+    main()

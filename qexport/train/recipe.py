@@ -39,10 +39,34 @@ class Recipe:
 
 _FINE, _COARSE = Recipe(1e-5, 1e-5), Recipe(2e-5, 2e-5)
 
+
+def _fast(lr: float, block_lr: float) -> Recipe:
+    return Recipe(
+        lr,
+        scale_lr=lr,
+        distill=0.5,
+        block_epochs=1,
+        block_windows=128,
+        block_compensated=128,
+        block_lr=block_lr,
+        block_scale_lr=block_lr,
+    )
+
+
 RECIPES: dict[str, dict[str, Recipe]] = {
     # Liu et al. 2025: billions of tokens, no teacher, one rate for everything
     "paretoq": {
         **{"16": _FINE, "4": _FINE, "3": _FINE},
         **{"2": _COARSE, "1.58": _COARSE, "1": _COARSE},
+    },
+    # for minutes on a small machine: GPTQ, then blocks, then the rest with a teacher; rates grow
+    # with the distance between two codes (docs/log.md: what was measured, at 2 bits so far)
+    "fast": {
+        "16": Recipe(5e-5, 5e-5),
+        "4": _fast(5e-5, 1e-4),
+        "3": _fast(5e-5, 3e-4),
+        "2": _fast(1e-4, 8e-4),
+        "1.58": _fast(1e-4, 8e-4),
+        "1": _fast(1e-4, 8e-4),
     },
 }
