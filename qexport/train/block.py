@@ -89,7 +89,7 @@ class Blocks:
         """Where a block stands in the model, with a dot at the end."""
         return f"model.layers.{index}."
 
-    def dense(self, index: int) -> nn.Module:
+    def make(self, index: int) -> nn.Module:
         """A block with its float32 weights."""
         prefix = self.name(index)
         block: nn.Module = self._layers[index].to_empty(device=self._device)
@@ -177,7 +177,7 @@ def train_blocks(
                 first.write(rows, blocks.embed(windows[rows]))
         blocks.forget_embeddings()
     for index in range(done, len(blocks)):
-        block = blocks.dense(index)
+        block = blocks.make(index)
         inputs, targets = stream("quantized", index), stream("dense", index + 1)
         _advance(blocks, index, block, stream("dense", index), targets, settings, len(windows))
         own = partial(_choose, choose, blocks.name(index))

@@ -1,6 +1,7 @@
 """What comes before the steps end to end: the block-wise start, and the teacher's answers."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -70,19 +71,15 @@ def make_teacher(
     console: Console,
 ) -> Teacher:
     """The dense model, or what it says of every window that the run will meet."""
-    device = trainer.args.device
-    dense = build_model(source, torch.float32, lambda name: source.dense(name).float())
-    dense.config.use_cache = False
-    dense = dense.to(device).eval()
-    count = config.teacher_top_k or dense.config.vocab_size
-    live = LiveTeacher(dense, count, config.settings.temperature)
+    device, count = trainer.args.device, config.teacher_top_k or trainer.model.config.vocab_size
     if config.teacher == "live":
-        return live
+        return LiveTeacher(_dense(source, device), count, config.settings.temperature)
     dataset = trainer.train_dataset
     assert isinstance(dataset, MixedWindows)
     order = dataset.first_windows()
     size = (len(training), config.max_length, count)
     if is_main():
+        live = LiveTeacher(_dense(source, device), count, config.settings.temperature)
         with trainer.accelerator.autocast():
             filling = CachedTeacher(run / TEACHER, *size).fill(
                 order, training.to(device), live, config.batch_size
@@ -92,3 +89,9 @@ def make_teacher(
                     console.print(f"asked the dense model of {done}/{len(order)} windows")
     barrier()
     return CachedTeacher(run / TEACHER, *size)
+
+
+def _dense(source: Checkpoint, device: torch.device) -> Any:
+    model = build_model(source, torch.float32, lambda name: source.dense(name).float())
+    model.config.use_cache = False
+    return model.to(device).eval()

@@ -82,7 +82,7 @@ def _block_errors(dense: Checkpoint, trained: Checkpoint, tokens: Tensor) -> lis
     errors = []
     for index in range(len(models[0])):
         for which, model in enumerate(models):
-            hidden[which] = model.run(index, model.dense(index), hidden[which])
+            hidden[which] = model.run(index, model.make(index), hidden[which])
             model.release(index)
         wanted, found = hidden
         # by tokens, as the block-wise start has it: a few are a thousand times as large

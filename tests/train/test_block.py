@@ -46,7 +46,7 @@ def test_blocks_one_by_one_are_the_model(tmp_path: Path, family: str) -> None:
         blocks = Blocks(source, torch.float32, CPU)
         hidden = blocks.embed(tokens)
         for index in range(len(blocks)):
-            hidden = blocks.run(index, blocks.dense(index), hidden)
+            hidden = blocks.run(index, blocks.make(index), hidden)
             blocks.release(index)
     assert torch.allclose(hidden, seen[0], atol=1e-4)
 
