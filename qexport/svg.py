@@ -10,6 +10,7 @@ _WIDTH, _HEIGHT = 760, 420
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 230, 40, 50
 _LONGEST_NAME = 28
 _FEW = 11  # ticks
+_FEWEST = 3
 _COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
 
 Points = Sequence[tuple[float, float]]
@@ -22,17 +23,23 @@ def line_chart(
     series: Mapping[str, Points],
     dashed: Collection[str] = (),
     order: Sequence[str] = (),
+    linear: str = "",
 ) -> str:
     """Lines of (x, y) on logarithmic axes; both have to be positive. Raises ValueError for none.
+
+    linear   axes that are linear instead, as in "x" or "xy"
 
     dashed   names of lines that are no measurements, and have no points
     order    names by which colours are given, so that several charts agree
     """
     points = [point for line in series.values() for point in line]
-    if not points or min(min(point) for point in points) <= 0:
+    logarithmic = [
+        value for at, axis in enumerate("xy") if axis not in linear for value in _column(points, at)
+    ]
+    if not points or min(logarithmic, default=1) <= 0:
         raise ValueError("a logarithmic chart wants points, and positive ones")
-    x_axis = _Axis([x for x, _ in points], _LEFT, _WIDTH - _RIGHT)
-    y_axis = _Axis([y for _, y in points], _HEIGHT - _BOTTOM, _TOP)
+    x_axis = _Axis(_column(points, 0), _LEFT, _WIDTH - _RIGHT, "x" in linear)
+    y_axis = _Axis(_column(points, 1), _HEIGHT - _BOTTOM, _TOP, "y" in linear)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
         f'aria-label="{escape(title)}" font-family="system-ui, sans-serif" font-size="12" '
@@ -69,32 +76,60 @@ def line_chart(
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-class _Axis:
-    """Values to places, by their logarithms."""
+def _column(points: Points, at: int) -> list[float]:
+    return [point[at] for point in points]
 
-    def __init__(self, values: Sequence[float], begin: float, end: float) -> None:
-        low, high = math.log10(min(values)), math.log10(max(values))
+
+class _Axis:
+    """Values to places, by their logarithms or as they are."""
+
+    def __init__(
+        self, values: Sequence[float], begin: float, end: float, linear: bool = False
+    ) -> None:
+        self._linear = linear
+        low, high = self._measure(min(values)), self._measure(max(values))
         spare = 0.04 * (high - low) or 0.5
         self._low, self._high = low - spare, high + spare
         self._begin, self._end = begin, end
         self._values = values
 
+    def _measure(self, value: float) -> float:
+        return value if self._linear else math.log10(value)
+
     def place(self, value: float) -> float:
-        share = (math.log10(value) - self._low) / (self._high - self._low)
+        share = (self._measure(value) - self._low) / (self._high - self._low)
         return self._begin + share * (self._end - self._begin)
 
     def ticks(self) -> list[tuple[float, float]]:
         """The values themselves where they are few whole numbers, as batches are.
 
-        Else powers of ten, with twos and fives between where there is room.
+        Else powers of ten, with twos and fives between where there is room; on a linear axis, and
+        where that gives too few, round numbers at even distances.
         """
         distinct = sorted(set(self._values))
         if len(distinct) <= _FEW and all(float(value).is_integer() for value in distinct):
             return [(value, self.place(value)) for value in distinct]
+        values = [] if self._linear else self._powers()
+        if len(values) < _FEWEST:
+            values = _even(min(distinct), max(distinct))
+        return [(value, self.place(value)) for value in values]
+
+    def _powers(self) -> list[float]:
         decades = range(math.floor(self._low), math.ceil(self._high) + 1)
         steps = (1, 2, 5) if self._high - self._low < 3 else (1,)
         values = [step * 10.0**decade for decade in decades for step in steps]
-        return [(v, self.place(v)) for v in values if self._low <= math.log10(v) <= self._high]
+        return [value for value in values if self._low <= math.log10(value) <= self._high]
+
+
+def _even(low: float, high: float) -> list[float]:
+    """Some round numbers from low to high."""
+    if low == high:
+        return [low]
+    rough = (high - low) / _FEW * 2
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(step * power for step in (1, 2, 5, 10) if step * power >= rough)
+    first = math.ceil(low / step)
+    return [round(number * step, 12) for number in range(first, math.floor(high / step) + 1)]
 
 
 def _grid_line(
@@ -115,4 +150,4 @@ def _cut(name: str) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:g}" if 1e-3 <= value < 1e5 else f"{value:.0e}"
+    return f"{value:g}" if value == 0 or 1e-3 <= value < 1e5 else f"{value:.0e}"

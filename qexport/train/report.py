@@ -22,6 +22,7 @@ from qexport.train.block import Blocks
 __all__ = ["report", "write_report"]
 
 _WINDOWS, _LONGEST = 2, 256  # of held-out text, for errors of outputs
+_SAMPLE = 1 << 18  # weights of a layer that are looked at
 
 
 def write_report(run: Path, dense: Checkpoint, results: dict[str, Any], text: Tensor) -> None:
@@ -41,11 +42,16 @@ def report(run: Path, dense: Checkpoint, results: dict[str, Any], text: Tensor) 
         "history": _history(run),
         "layers": [
             {"layer": name.removesuffix(".weight"), **_layer(trained.quantized(name), dense, name)}
-            for name, entry in trained.entries.items()
-            if entry.scheme is not None
+            for name in sorted(trained.entries, key=_by_number)
+            if trained.entries[name].scheme is not None
         ],
         "block_errors": _block_errors(dense, trained, text[:_WINDOWS, :_LONGEST]),
     }
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """`layers.2` before `layers.10`."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _history(run: Path) -> list[dict[str, float]]:
@@ -58,16 +64,16 @@ def _history(run: Path) -> list[dict[str, float]]:
 
 def _layer(found: QuantizedTensor, dense: Checkpoint, name: str) -> dict[str, Any]:
     """Shares of codes, scales, and how far the weights are from where they began."""
-    before = dense.dense(name).float()
-    scheme, scales = found.scheme, found.scales.float()
+    step = max(1, found.codes.numel() // _SAMPLE)  # every so many rows of large layers
+    before, scheme = dense.dense(name)[::step].float(), found.scheme
+    found = QuantizedTensor(found.codes[::step], found.scales[::step], scheme)
+    scales = found.scales.float()
     counts = torch.bincount(found.codes.flatten().int(), minlength=scheme.grid.levels)
     rounded = quantize(before, scales, scheme).codes
     return {
         "scheme": scheme.label,
         "codes": (counts / counts.sum()).tolist(),
-        "scales": scales.quantile(torch.tensor([0.0, 0.5, 1.0])).tolist()
-        if scales.numel() < 1 << 24
-        else [float(scales.min()), float(scales.median()), float(scales.max())],
+        "scales": [float(scales.min()), float(scales.median()), float(scales.max())],
         "changed": float((rounded != found.codes).float().mean()),
         "weight_error": float((found.dequantize() - before).norm() / before.norm()),
     }
@@ -105,17 +111,19 @@ def _page(found: dict[str, Any]) -> Page:
     charts = []
     if len(history) > 1:
         line = [(row["step"], row["loss"]) for row in history if row["loss"] > 0]
-        charts.append(line_chart("Loss", "step", "loss", {"training": line}))
+        charts.append(line_chart("Loss", "step", "loss", {"training": line}, linear="x"))
     errors = [(index + 1, error) for index, error in enumerate(found["block_errors"]) if error > 0]
     if errors:
-        charts.append(line_chart("Error of outputs", "block", "of its norm", {"run": errors}))
+        charts.append(
+            line_chart("Error of outputs", "block", "of its norm", {"run": errors}, linear="xy")
+        )
     kinds: dict[str, list[tuple[float, float]]] = {}
     for layer in layers:
         kind = layer["layer"].rpartition(".")[2]
         line = kinds.setdefault(kind, [])
         line.append((len(line) + 1, layer["scales"][1]))
     if kinds:
-        charts.append(line_chart("Median scales", "block", "scale", kinds))
+        charts.append(line_chart("Median scales", "block", "scale", kinds, linear="x"))
     headings = ("layer", "scheme", "codes, %", "least scale", "median", "largest", "changed, %")
     rows = [
         [
@@ -127,9 +135,10 @@ def _page(found: dict[str, Any]) -> Page:
         for layer in layers
     ]
     notes = [
-        "Codes: how many weights have each, lowest first. Changed: codes that differ from those of "
-        "the dense weights rounded by the same scales. Errors are of norms: of a layer's weights, "
-        "and of what comes out of a block on held-out text, both models on their own activations; "
+        "Codes: how many weights have each, lowest first (of some rows, in large layers). Changed: "
+        "codes that differ from those of the dense weights rounded by the same scales. Errors are "
+        "of norms: of a layer's weights, and of what comes out of a block on held-out text, both "
+        "models on their own activations; "
         f"the median block's is {statistics.median(found['block_errors'] or [0.0]):.1%}.",
     ]
     table = Table("Layers", (*headings, "weight error, %"), rows)

@@ -262,6 +262,9 @@ def test_charts_are_whole() -> None:
     root = ElementTree.fromstring(text)
     labels = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
     assert "a < b" in labels and "two & three" in labels
+    narrow = line_chart("t", "x", "y", {"a": [(x, 0.7 + x / 1e3) for x in range(90)]}, linear="x")
+    numbers = [e.text for e in ElementTree.fromstring(narrow).iter() if e.get("text-anchor")]
+    assert {"0", "20", "40", "60", "80", "0.72", "0.74", "0.76", "0.78"} <= set(numbers)
     for wrong in ({}, {"a": [(0, 1)]}, {"a": [(1, -1)]}):
         with pytest.raises(ValueError, match="logarithmic"):
             line_chart("t", "x", "y", wrong)

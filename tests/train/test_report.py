@@ -28,7 +28,7 @@ def test_it_says_what_the_run_holds(runs: Runs) -> None:
     run = runs("2")
     found = json.loads((run / "report.json").read_text())
     checkpoint = open_checkpoint(run)
-    assert [layer["layer"] for layer in found["layers"]] == list(checkpoint.modules)
+    assert {layer["layer"] for layer in found["layers"]} == set(checkpoint.modules)
     for layer in found["layers"]:
         tensor = checkpoint.quantized(f"{layer['layer']}.weight")
         shares = [float((tensor.codes == code).float().mean()) for code in range(4)]
