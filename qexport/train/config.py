@@ -180,10 +180,15 @@ class TrainConfig:
 
     @property
     def settings(self) -> Recipe:
-        """The recipe's, with what was given in their place."""
+        """The recipe's, with what was given in their place; rates of scales go with the others."""
+        recipe = RECIPES[self.recipe][self.bits]
         given = {field.name: getattr(self, field.name) for field in fields(Recipe)}
         own = {name: value for name, value in given.items() if value is not None}
-        return replace(RECIPES[self.recipe][self.bits], **own)
+        for rate, follows in (("lr", "scale_lr"), ("block_lr", "block_scale_lr")):
+            if rate in own:
+                share = getattr(recipe, follows) / getattr(recipe, rate)
+                own.setdefault(follows, own[rate] * share)
+        return replace(recipe, **own)
 
     @property
     def tokens_per_step(self) -> int:

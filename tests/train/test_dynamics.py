@@ -144,7 +144,7 @@ def test_a_recipe_gives_way_to_what_is_given(tiny_model: Path, tmp_path: Path) -
     plain = TrainConfig(tiny_model, "builtin", tmp_path / "run", "2")
     assert plain.settings.lr == 2e-5 and plain.settings.distill == 0.0
     given_ = TrainConfig(tiny_model, "builtin", tmp_path / "run", "2", lr=1e-3, distill=0.5)
-    assert (given_.settings.lr, given_.settings.scale_lr) == (1e-3, 2e-5)
+    assert (given_.settings.lr, given_.settings.scale_lr) == (1e-3, 1e-3)
     for wrong in (
         {"recipe": "stew"},
         {"distill": 1.5},
