@@ -43,7 +43,9 @@ def generated_documents(
     is in a batch.
     """
     parallel = 2 * generator.decoder.slots
-    write = partial(_document, generator, settings)
+    special = set(generator.tokenizer.all_special_ids)
+    ordinary = [token for token in range(len(generator.tokenizer)) if token not in special]
+    write = partial(_document, generator, settings, ordinary)
     numbers = count(first)
     with ThreadPoolExecutor(parallel) as pool:
         waiting = [pool.submit(write, next(numbers)) for _ in range(parallel)]
@@ -56,10 +58,11 @@ def generated_documents(
                 one.cancel()
 
 
-def _document(generator: Generator, settings: CorpusSettings, number: int) -> tuple[str, int]:
+def _document(
+    generator: Generator, settings: CorpusSettings, ordinary: list[int], number: int
+) -> tuple[str, int]:
+    """One that begins with an `ordinary` token."""
     dice = random.Random(f"{settings.seed} {number}")
-    special = set(generator.tokenizer.all_special_ids)
-    ordinary = [token for token in range(len(generator.tokenizer)) if token not in special]
     tokens = [dice.choice(ordinary)]
     greedy = Sampling(max_tokens=settings.greedy)
     sampled = Sampling(

@@ -278,6 +278,7 @@ def reckon(
         sides["w8a8"] = Roofline(model, hardware, Scheme(INT8), int8=True)
     found = {
         "scheme": name,
+        "unpacked": hardware.dense,
         "hardware": hardware.name,
         "context": context,
         "prompt": prompt,
@@ -285,7 +286,7 @@ def reckon(
             "quantized": model.stored,
             "dense": model.dense,
             "bytes": round(model.weight_bytes(scheme)),
-            f"{hardware.dense}_bytes": round(model.weight_bytes(None)),
+            "unpacked_bytes": round(model.weight_bytes(None)),
         },
         "cache_bytes_per_token": model.cache_bytes(),
         "sequences_that_fit": {

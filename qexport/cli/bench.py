@@ -188,8 +188,8 @@ def serve(
         check_address,
         measure_serving,
         parse_goodput,
-        serve_page,
     )
+    from qexport.runtime.bench.serve_page import serve_page
 
     if (concurrency is None) == (rate is None):
         raise InputError("give either --concurrency or --rate.")

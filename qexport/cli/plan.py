@@ -79,14 +79,7 @@ def command(
     from qexport.runtime.families import decoder_config
     from qexport.runtime.plan import Model, reckon, with_times
 
-    if gpu is None and cpu is None:
-        raise InputError("name a device, by --gpu or by --cpu.")
-    if gpu is not None and cpu is not None:
-        raise InputError("name one device, by --gpu or by --cpu.")
-    if (bits is None) == (purpose is None):
-        raise InputError("give either --bits, or a purpose by --for.")
-    if plot is not None and plot.suffix != ".svg":
-        raise InputError(f"--plot writes SVG; call it {plot.with_suffix('.svg')}.")
+    _check(gpu, cpu, bits, purpose, plot)
     gpu, cpu = (name and name.lower() for name in (gpu, cpu))
     fields = read_config(local_folder(model, ["config.json"]))
     config = decoder_config(fields)
@@ -122,6 +115,20 @@ def command(
         print_json(found)
     else:
         _print(found)
+
+
+def _check(
+    gpu: str | None, cpu: str | None, bits: str | None, purpose: str | None, plot: Path | None
+) -> None:
+    """Raise InputError for options that do not go together."""
+    if gpu is None and cpu is None:
+        raise InputError("name a device, by --gpu or by --cpu.")
+    if gpu is not None and cpu is not None:
+        raise InputError("name one device, by --gpu or by --cpu.")
+    if (bits is None) == (purpose is None):
+        raise InputError("give either --bits, or a purpose by --for.")
+    if plot is not None and plot.suffix != ".svg":
+        raise InputError(f"--plot writes SVG; call it {plot.with_suffix('.svg')}.")
 
 
 def _hardware(gpu: str | None, cpu: str | None) -> "Hardware":
@@ -182,10 +189,9 @@ def _print(found: dict[str, Any]) -> None:
     if "advice" in found:
         _print_advice(found["advice"])
     weights = found["weights"]
-    dense = next(name for name in weights if name.endswith("_bytes"))
     click.echo(
         f"{found['scheme']}: {size(weights['bytes'])} of weights "
-        f"({size(weights[dense])} in {dense.removesuffix('_bytes')}), "
+        f"({size(weights['unpacked_bytes'])} in {found['unpacked']}), "
         f"{size(found['cache_bytes_per_token'])} of cache a token"
     )
     fit = [f"{n:,} at {name}" for name, n in found["sequences_that_fit"].items() if n is not None]

@@ -51,7 +51,9 @@ class _TrainCommand(Command):
 @click.option("--max-length", default=512, show_default=True, help="Tokens in a window.")
 @click.option("--batch-size", default=4, show_default=True, help="Windows in a forward pass.")
 @click.option("--gradient-accumulation", default=1, show_default=True, help="Passes in a step.")
-@click.option("--recipe", default="paretoq", show_default=True, help="Sets what follows.")
+@click.option(
+    "--recipe", default="paretoq", show_default=True, help="paretoq or fast: sets what follows."
+)
 @click.option("--lr", type=float, help="Peak rate of weights.")
 @click.option("--scale-lr", type=float, help="Peak rate of scales.")
 @click.option("--distill", type=float, help="Share of the loss that is KL from the dense model.")

@@ -232,6 +232,8 @@ def _parse_rule(text: str) -> tuple[str, str, int | None]:
 
 def _parse_source(text: str) -> tuple[str, float | None]:
     """`SOURCE` or `SOURCE=WEIGHT`. Raises InputError for a weight that is not positive."""
+    if Path(text).is_file():
+        return text, None
     name, sign, weight = text.rpartition("=")
     try:
         found = float(weight)

@@ -9,7 +9,8 @@ memory.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -110,15 +111,23 @@ class Teacher(Protocol):
 
 
 class LiveTeacher:
-    """The dense model in memory."""
+    """The dense model in memory; `autocast` makes the context of its forward passes."""
 
-    def __init__(self, model: Any, count: int, temperature: float) -> None:
+    def __init__(
+        self,
+        model: Any,
+        count: int,
+        temperature: float,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
         self._model, self._count, self._temperature = model, count, temperature
+        self._autocast = autocast
 
     @torch.no_grad()
     def targets(self, windows: Tensor, tokens: Tensor) -> SoftTargets:
         """Asked anew each time."""
-        logits = self._model(input_ids=tokens, use_cache=False).logits
+        with self._autocast():
+            logits = self._model(input_ids=tokens, use_cache=False).logits
         return soft_targets(logits, self._count, self._temperature)
 
 

@@ -72,21 +72,19 @@ def make_teacher(
 ) -> Teacher:
     """The dense model, or what it says of every window that the run will meet."""
     device, count = trainer.args.device, config.teacher_top_k or trainer.model.config.vocab_size
+    how = (count, config.settings.temperature, trainer.accelerator.autocast)
     if config.teacher == "live":
-        return LiveTeacher(_dense(source, device), count, config.settings.temperature)
+        return LiveTeacher(_dense(source, device), *how)
     dataset = trainer.train_dataset
     assert isinstance(dataset, MixedWindows)
     order = dataset.first_windows()
     size = (len(training), config.max_length, count)
     if is_main():
-        live = LiveTeacher(_dense(source, device), count, config.settings.temperature)
-        with trainer.accelerator.autocast():
-            filling = CachedTeacher(run / TEACHER, *size).fill(
-                order, training.to(device), live, config.batch_size
-            )
-            for done in filling:
-                if done % (50 * config.batch_size) == 0:
-                    console.print(f"asked the dense model of {done}/{len(order)} windows")
+        live = LiveTeacher(_dense(source, device), *how)
+        asking = CachedTeacher(run / TEACHER, *size)
+        for done in asking.fill(order, training.to(device), live, config.batch_size):
+            if done % (50 * config.batch_size) == 0:
+                console.print(f"asked the dense model of {done}/{len(order)} windows")
     barrier()
     return CachedTeacher(run / TEACHER, *size)
 

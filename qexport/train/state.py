@@ -115,15 +115,11 @@ def load_into(
                 name, _, field = key.partition("|")
                 if name != "random":
                     parameter, value = parameters[name], file.get_tensor(key)
-                    on_host = field == "step" and not fused
-                    spread = value.shape == parameter.shape
-                    optimizer.state[parameter][field] = (
-                        value
-                        if on_host
-                        else like(value, parameter)
-                        if spread
-                        else value.to(parameter.device)
-                    )
+                    if value.shape == parameter.shape:
+                        value = like(value, parameter)
+                    elif fused:  # the others keep their count of steps on the host
+                        value = value.to(parameter.device)
+                    optimizer.state[parameter][field] = value
         values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         scheduler.load_state_dict(values["scheduler"])
         for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):

@@ -31,6 +31,7 @@ __all__ = [
     "Transformers",
     "gguf_file",
     "llama_server",
+    "note_event",
 ]
 
 _START_SECONDS = 300.0
@@ -229,7 +230,7 @@ class LlamaServer(Backend):
                 for line in answer:
                     if line.startswith(b"data: "):
                         event = json.loads(line[6:])
-                        _note(found, index, event, time.monotonic() - start)
+                        note_event(found, index, event, time.monotonic() - start)
 
         threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(prompts))]
         for thread in threads:
@@ -255,7 +256,7 @@ class LlamaServer(Backend):
         self._log.close()
 
 
-def _note(found: Answers, index: int, event: dict[str, Any], now: float) -> None:
+def note_event(found: Answers, index: int, event: dict[str, Any], now: float) -> None:
     """An event of llama-server's stream: the number of tokens so far, and the last one's id.
 
     Tokens that are parts of a character come without an event, and are not told: -1.

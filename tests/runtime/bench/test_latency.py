@@ -18,8 +18,7 @@ from qexport.errors import QexportError
 from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.pack import pack
 from qexport.page import cell
-from qexport.runtime.bench.backends import Answers, Options
-from qexport.runtime.bench.backends import _note as note_llama
+from qexport.runtime.bench.backends import Answers, Options, note_event
 from qexport.runtime.bench.contender import Contender, Running
 from qexport.runtime.bench.latency import SCHEMA, crossovers
 from qexport.runtime.bench.noise import Noise
@@ -207,7 +206,7 @@ def test_what_llama_server_says_of_tokens() -> None:
         {"tokens": [], "content": "", "stop": True, "tokens_predicted": 5},  # the last is a part
     )
     for now, event in enumerate(events):
-        note_llama(found, 0, event, float(now))
+        note_event(found, 0, event, float(now))
     assert found.tokens == [[40, -1, -1, 9, -1]] and found.times == [[0.0, 1.0, 1.0, 1.0, 2.0]]
 
 
