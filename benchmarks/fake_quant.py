@@ -1,71 +1,95 @@
-"""What quantization costs in training: one layer's step with fake-quantized and with plain weights.
+"""What quantization costs in training: a step of SmolLM2-135M against a plain fine-tuning step.
 
-A step is forward and backward of one linear layer in bfloat16 autocast, with the weight read
-through `FakeQuantize` or as it is. Quoted is the ratio of medians, at several token counts: the
-work on weights does not grow with the tokens, so that its share falls with the batch.
+A step is forward, backward and AdamW in bfloat16 autocast, on the same tokens. Steps of the three
+models take turns, so that what else a shared machine does falls on all of them: `plain` has
+ordinary parameters, `eager` and `fused` read theirs through the quantizers, as they are and
+compiled. Quoted are ratios of medians. The work on weights does not grow with the tokens, so that
+its share falls with the batch.
 """
 
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.utils import parametrize
 
+from benchmarks.demo import fetch
 from benchmarks.machine import record
+from qexport.checkpoint import open_source
 from qexport.grid import Scheme
+from qexport.modelling import build_model
 from qexport.paretoq import WIDTHS
-from qexport.train.prepare import FakeQuantize
+from qexport.train.prepare import prepare
 
-SHAPE = (1536, 576)  # SmolLM2-135M's up_proj
-TOKENS = (256, 1024, 4096)
-
-
-def seconds(layer: nn.Module, tokens: int, repeats: int) -> list[float]:
-    """Wall time of each of `repeats` training steps, after three to warm up."""
-    inputs = torch.randn(tokens, SHAPE[1], requires_grad=True)
-    taken = []
-    for index in range(repeats + 3):
-        started = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = layer(inputs).float().square().mean()
-        torch.autograd.backward(loss)
-        if index >= 3:
-            taken.append(time.perf_counter() - started)
-        layer.zero_grad()
-    return taken
+WINDOW = 256
+GROUP = 64
+TOKENS = (512, 2048)
 
 
-def measure(bits: str | None, tokens: int, repeats: int) -> dict[str, Any]:
-    """Median and quartiles, in milliseconds, of a layer of `bits` bits; None is plain."""
-    layer = nn.Linear(SHAPE[1], SHAPE[0], bias=False)
+def stepping(bits: str | None, fused: bool, device: torch.device) -> Callable[[torch.Tensor], None]:
+    """A model of `bits` bits, None for plain, as what makes one step on tokens [n, length]."""
+    source = open_source(fetch())
+    assert source is not None
+    model: Any = build_model(source, torch.float32, lambda name: source.dense(name).float())
+    model.config.use_cache = False
     if bits is not None:
-        scheme = Scheme(WIDTHS[bits].grid, 64)
-        reader = FakeQuantize(layer.weight, scheme, "mse")
-        parametrize.register_parametrization(layer, "weight", reader, unsafe=True)
-    taken = seconds(layer, tokens, repeats)
-    low, median, high = statistics.quantiles(taken, n=4)
-    return {"median_ms": median * 1e3, "quartiles_ms": [low * 1e3, high * 1e3]}
+        scheme = Scheme(WIDTHS[bits].grid, GROUP)
+        prepare(model, lambda _: scheme, "paper", torch.bfloat16, fused=fused)
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step(tokens: torch.Tensor) -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()  # waits for the device
+
+    return step
+
+
+def measure(bits: str, count: int, repeats: int) -> dict[str, Any]:
+    """Medians and quartiles in seconds, of steps of `count` tokens."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dice = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 40_000, (count // WINDOW, WINDOW), generator=dice).to(device)
+    steps = {
+        "plain": stepping(None, False, device),
+        "eager": stepping(bits, False, device),
+        "fused": stepping(bits, True, device),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for index in range(repeats + 2):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step(tokens)
+            if index >= 2:
+                taken[name].append(time.perf_counter() - started)
+    found: dict[str, Any] = {"bits": bits, "tokens": count}
+    for name, times in taken.items():
+        low, median, high = statistics.quantiles(times, n=4)
+        found[name] = {"median_s": median, "quartiles_s": [low, high]}
+    for name in ("eager", "fused"):
+        found[f"{name}_ratio"] = found[name]["median_s"] / found["plain"]["median_s"]
+    return found
 
 
 def main() -> None:
     """Measure every width, print the ratios, and record all of it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=40)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--width", nargs="*", choices=WIDTHS, default=list(WIDTHS))
+    asked = parser.parse_args()
     rows = []
-    for tokens in TOKENS:
-        plain = measure(None, tokens, repeats)
-        for bits in WIDTHS:
-            quantized = measure(bits, tokens, repeats)
-            ratio = quantized["median_ms"] / plain["median_ms"]
-            rows.append(
-                {"bits": bits, "tokens": tokens, "ratio": ratio, "plain": plain, "quant": quantized}
-            )
-            print(f"{bits:>4} bits, {tokens:>4} tokens: {ratio:.2f} times a plain step")
-    print(record("fake_quant", {"shape": SHAPE, "group_size": 64, "rows": rows}))
+    for count in TOKENS:
+        for bits in asked.width:
+            rows.append(measure(bits, count, asked.repeats))
+            ratios = f"{rows[-1]['fused_ratio']:.2f} fused, {rows[-1]['eager_ratio']:.2f} eager"
+            print(f"{bits:>4} bits, {count:>4} tokens: {ratios} times a plain step", flush=True)
+    print(record("fake_quant", {"window": WINDOW, "group_size": GROUP, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from qexport.errors import CheckpointError
+from qexport.fused import compiled
 from qexport.grid import BINARY, INT3, INT4, SEQ2, TERNARY, Grid, Scheme
 from qexport.tensor import QuantizedTensor, portable, quantize
 
@@ -88,7 +89,12 @@ def effective_scale(alpha: Tensor, scheme: Scheme) -> Tensor:
 
 
 def fake_quantize(
-    weight: Tensor, alpha: Tensor, scheme: Scheme, gradient: Gradient = "paper"
+    weight: Tensor,
+    alpha: Tensor,
+    scheme: Scheme,
+    gradient: Gradient = "paper",
+    *,
+    fused: bool = False,
 ) -> Tensor:
     """`quantize(weight, scale).dequantize()` with ParetoQ's gradients.
 
@@ -98,50 +104,71 @@ def fake_quantize(
                (arXiv 2601.19320): the staircase, seen along its diagonal, is a triangle wave, and
                the slope of its first, damped harmonic is near nothing in the middle of a step and
                that of the identity where two steps meet
+    fused      by compiled code that passes over the weight once (`qexport.fused`)
     """
-    out: Tensor = _FakeQuantize.apply(weight, alpha, scheme, gradient)  # type: ignore[no-untyped-call]
+    out: Tensor = _FakeQuantize.apply(weight, alpha, scheme, gradient, fused)  # type: ignore[no-untyped-call]
     return out
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, alpha: Tensor, scheme: Scheme, gradient: Gradient
+        ctx: Any, weight: Tensor, alpha: Tensor, scheme: Scheme, gradient: Gradient, fused: bool
     ) -> Tensor:
         scale = effective_scale(alpha, scheme)
-        quantized = quantize(weight, scale, scheme)
-        ctx.save_for_backward(weight, scale, quantized.codes)  # a byte a weight, not four
-        ctx.scheme, ctx.gradient = scheme, gradient
-        return quantized.dequantize()
+        values, codes = (compiled(_quantized) if fused else _quantized)(weight, scale, scheme)
+        ctx.save_for_backward(weight, scale, codes)  # a byte a weight, not four
+        ctx.scheme, ctx.gradient, ctx.fused = scheme, gradient, fused
+        return values
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        gradients = compiled(_gradients) if ctx.fused else _gradients
+        # A portable scale makes the quantized value exact in float32, so that its difference from
+        # the weight keeps its digits where the two are close; others need float64 for that.
+        wide = torch.float64 if ctx.scheme.scale_dtype == torch.float32 else torch.float32
         weight, scale, codes = ctx.saved_tensors
         width = width_of(ctx.scheme)
-        assert width.grid.zero is not None
-        out, groups = scale.shape
-        alpha = (scale / width.step).unsqueeze(-1)
-        grad, weight = grad.view(out, groups, -1), weight.view(out, groups, -1)
-        units = weight / alpha
-        outside = (units < width.low).logical_or_(units > width.high)
-        slopes = None
-        if ctx.gradient == "stable":
-            slopes = _stable_slopes(units / width.step, codes.view(grad.shape), width.grid.zero)
-            grad_weight = (grad * slopes).masked_fill_(outside, 0).view(codes.shape)
-        else:
-            grad_weight = grad.masked_fill(outside, 0).view(codes.shape)
-        # dL/dalpha is the sum of grad * (quantized/alpha - (inside ? weight/alpha : 0)). A portable
-        # scale makes `quantized` exact in float32, so that the difference keeps its digits where
-        # the two are close; any other scale needs float64 for that.
-        wide = torch.float64 if ctx.scheme.scale_dtype == torch.float32 else torch.float32
-        slope = codes.to(wide).view(out, groups, -1).sub_(width.grid.zero)
-        slope.mul_(scale.unsqueeze(-1))
-        if width.grid is not BINARY:
-            inside = weight.masked_fill(outside, 0)
-            slope.sub_(inside if slopes is None else inside * slopes)
-        gradient_scale = 1.0 / math.sqrt(weight.numel() * width.qp)
-        grad_alpha = slope.div_(alpha).mul_(grad).sum(-1).mul_(gradient_scale)
-        return grad_weight, grad_alpha.to(scale.dtype), None, None
+        of_both = gradients(grad, weight, scale, codes, width, wide, ctx.gradient)
+        return (*of_both, None, None, None)
+
+
+def _quantized(weight: Tensor, scale: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    found = quantize(weight, scale, scheme)
+    return found.dequantize(), found.codes
+
+
+def _gradients(
+    grad: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    codes: Tensor,
+    width: Width,
+    wide: torch.dtype,
+    gradient: Gradient,
+) -> tuple[Tensor, Tensor]:
+    """Those of weight and alpha, for that of the quantized values."""
+    assert width.grid.zero is not None
+    out, groups = scale.shape
+    alpha = (scale / width.step).unsqueeze(-1)
+    grad, weight = grad.view(out, groups, -1), weight.view(out, groups, -1)
+    units = weight / alpha
+    outside = (units < width.low).logical_or_(units > width.high)
+    slopes = None
+    if gradient == "stable":
+        slopes = _stable_slopes(units / width.step, codes.view(grad.shape), width.grid.zero)
+        grad_weight = (grad * slopes).masked_fill_(outside, 0).view(codes.shape)
+    else:
+        grad_weight = grad.masked_fill(outside, 0).view(codes.shape)
+    # dL/dalpha is the sum of grad * (quantized/alpha - (inside ? weight/alpha : 0))
+    slope = codes.to(wide).view(out, groups, -1).sub_(width.grid.zero)
+    slope.mul_(scale.unsqueeze(-1))
+    if width.grid is not BINARY:
+        inside = weight.masked_fill(outside, 0)
+        slope.sub_(inside if slopes is None else inside * slopes)
+    gradient_scale = 1.0 / math.sqrt(weight.numel() * width.qp)
+    grad_alpha = slope.div_(alpha).mul_(grad).sum(-1).mul_(gradient_scale)
+    return grad_weight, grad_alpha.to(scale.dtype)
 
 
 def _stable_slopes(units: Tensor, codes: Tensor, zero: float) -> Tensor:

@@ -82,6 +82,11 @@ class _TrainCommand(Command):
     help="portable: values that fp16 and bf16 both hold, so that every format is exact.",
 )
 @click.option("--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto")
+@click.option(
+    "--compile/--no-compile",
+    default=None,
+    help="Fuse the quantizers by torch.compile; default for models that it pays for.",
+)
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time.")
 @click.option("--shard", is_flag=True, help="Spread the model over torchrun's processes (FSDP2).")
 @click.option("--offload", is_flag=True, help="Keep its parts in their hosts' memory.")

@@ -58,6 +58,7 @@ class BlockSettings:
     lr: float
     scale_lr: float
     gradient: Gradient
+    fused: bool
     precision: str
     seed: int
 
@@ -181,7 +182,7 @@ def train_blocks(
         inputs, targets = stream("quantized", index), stream("dense", index + 1)
         _advance(blocks, index, block, stream("dense", index), targets, settings, len(windows))
         own = partial(_choose, choose, blocks.name(index))
-        prepare(block, own, scale_init, stored, settings.gradient)
+        prepare(block, own, scale_init, stored, settings.gradient, settings.fused)
         if settings.compensated:
             _compensate(blocks, index, block, inputs, settings)
         before, after = _train(blocks, index, block, inputs, targets, settings, len(windows))

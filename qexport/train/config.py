@@ -23,7 +23,7 @@ DENSE = "16"
 # So is how a step's windows are shared out: what counts is how many tokens it has.
 _FREE_FIELDS = (
     *("output", "resume", "save_steps", "log_steps", "batch_size", "gradient_accumulation"),
-    *("gradient_checkpointing", "teacher", "shard", "offload"),
+    *("gradient_checkpointing", "teacher", "shard", "offload", "compile"),
 )
 
 
@@ -45,6 +45,7 @@ class TrainConfig:
     warmup                 share of the steps in which the rate rises, before its cosine falls
     recipe                 name in RECIPES; lr to block_scale_lr are its own where they are None
     phase                  the block-wise start alone, end to end alone, or both
+    compile                fuse the quantizers by torch.compile; None: where the model is large
     shard, offload         spread the model over all processes (FSDP2), in their hosts' memory
     teacher                whether the dense model stays in memory, or what it says is kept on disk;
                            of its `teacher_top_k` likeliest tokens (0: of all)
@@ -86,6 +87,7 @@ class TrainConfig:
     scale_dtype: Literal["portable", "float32"] = "portable"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     gradient_checkpointing: bool = False
+    compile: bool | None = None
     shard: bool = False
     offload: bool = False
     save_steps: int = 200

@@ -18,6 +18,7 @@ from qexport.output import disk_errors, mark
 from qexport.train import state
 from qexport.train.block import load_blocks
 from qexport.train.config import TrainConfig
+from qexport.train.fuse import fusing
 from qexport.train.phases import make_teacher, start_by_blocks
 from qexport.train.prepare import prepare, run_tensors
 from qexport.train.progress import ProgressReport
@@ -46,7 +47,7 @@ def train(config: TrainConfig, console: Console, *, dry_run: bool = False) -> di
     if found is not None:
         console.print(f"{config.output} is finished already; --no-resume trains it anew.")
         return found
-    job = _prepared(config, source)
+    job = _prepared(config, source, console)
     _announce(console, config, job)
     if dry_run:
         return {"steps": job.max_steps, "tokens": job.max_steps * config.tokens_per_step}
@@ -68,9 +69,10 @@ class _Job:
     stored: torch.dtype
     max_steps: int
     precision: str
+    fused: bool
 
 
-def _prepared(config: TrainConfig, source: Checkpoint) -> _Job:
+def _prepared(config: TrainConfig, source: Checkpoint, console: Console) -> _Job:
     text = load_text(config, load_tokenizer(config.model))
     max_steps = config.max_steps
     if max_steps is None:
@@ -79,10 +81,12 @@ def _prepared(config: TrainConfig, source: Checkpoint) -> _Job:
         max_steps = 0
     model, stored = _load_model(source)
     _check_fit(config, model, text.rows)
-    modules = prepare(model, config.scheme_of, config.scale_init, stored, config.settings.gradient)
+    gradient = config.settings.gradient
+    modules = prepare(model, config.scheme_of, config.scale_init, stored, gradient)
     config.check_patterns(name for name, _ in model.named_modules())
     _check_names(source, model, stored)
-    return _Job(source, text, model, modules, stored, max_steps, _precision(config))
+    fused = fusing(config, model, modules, max_steps, console)
+    return _Job(source, text, model, modules, stored, max_steps, _precision(config), fused)
 
 
 def _carry_out(config: TrainConfig, job: _Job, run: Path, console: Console) -> dict[str, Any]:
@@ -93,7 +97,9 @@ def _carry_out(config: TrainConfig, job: _Job, run: Path, console: Console) -> d
         console.print(f"resuming from {resumed.name}")
     elif config.phase != "end" and config.settings.block_epochs:
         if is_main():
-            start_by_blocks(config, source, job.stored, training, job.precision, run, console)
+            start_by_blocks(
+                config, source, job.stored, training, job.precision, job.fused, run, console
+            )
         barrier()
         load_blocks(run / BLOCKS, job.model)
     if config.shard:

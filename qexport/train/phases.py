@@ -26,6 +26,7 @@ def start_by_blocks(
     stored: torch.dtype,
     training: Tensor,
     precision: str,
+    fused: bool,
     run: Path,
     console: Console,
 ) -> None:
@@ -39,6 +40,7 @@ def start_by_blocks(
         lr=config.settings.block_lr,
         scale_lr=config.settings.block_scale_lr,
         gradient=config.settings.gradient,
+        fused=fused,
         precision=precision,
         seed=config.seed,
     )

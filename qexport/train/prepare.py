@@ -36,14 +36,16 @@ class FakeQuantize(nn.Module):
         scheme: Scheme,
         scale_init: Literal["paper", "mse"],
         gradient: Gradient = "paper",
+        fused: bool = False,
     ) -> None:
         super().__init__()
         self.scheme = scheme
         self.gradient = gradient
+        self.fused = fused
         self.alpha = nn.Parameter(initial_alpha(weight, scheme, scale_init))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return fake_quantize(weight, self.alpha, self.scheme, self.gradient)
+        return fake_quantize(weight, self.alpha, self.scheme, self.gradient, fused=self.fused)
 
     def scales(self) -> Tensor:
         """The stored scales [out, groups], exact in `scheme.scale_dtype`."""
@@ -78,12 +80,13 @@ def prepare(
     scale_init: Literal["paper", "mse"],
     stored: torch.dtype,
     gradient: Gradient = "paper",
+    fused: bool = False,
 ) -> Modules:
     """Parametrize an fp32 `model` in place; returns scheme and shape of every quantized module.
 
     The linear layers q, k, v, o, gate, up and down are quantized, each on the scheme that `choose`
     gives for its name. Those for which it gives None, embeddings, head, norms and biases are
-    trained and read as `stored`.
+    trained and read as `stored`. `gradient` and `fused` are those of `fake_quantize`.
 
     Raises InputError where the group size does not divide a layer's inputs, CheckpointError where
     the model has matrices that are none of these.
@@ -97,7 +100,8 @@ def prepare(
     for name, module in list(model.named_modules()):
         for parameter, value in list(module.named_parameters(recurse=False)):
             if name in modules and parameter == "weight":
-                reader: nn.Module = FakeQuantize(value, modules[name][0], scale_init, gradient)
+                scheme = modules[name][0]
+                reader: nn.Module = FakeQuantize(value, scheme, scale_init, gradient, fused)
             elif stored != torch.float32:
                 reader = StoredAs(stored)
             else:

@@ -40,11 +40,11 @@ class Recipe:
 _FINE, _COARSE = Recipe(1e-5, 1e-5), Recipe(2e-5, 2e-5)
 
 
-def _fast(lr: float, block_lr: float) -> Recipe:
+def _fast(lr: float, distill: float, block_lr: float) -> Recipe:
     return Recipe(
         lr,
         scale_lr=lr,
-        distill=0.5,
+        distill=distill,
         block_epochs=1,
         block_windows=128,
         block_compensated=128,
@@ -63,10 +63,10 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     # with the distance between two codes (docs/log.md: what was measured, at 2 bits so far)
     "fast": {
         "16": Recipe(5e-5, 5e-5),
-        "4": _fast(5e-5, 1e-4),
-        "3": _fast(5e-5, 3e-4),
-        "2": _fast(1e-4, 8e-4),
-        "1.58": _fast(1e-4, 8e-4),
-        "1": _fast(1e-4, 8e-4),
+        "4": _fast(5e-5, 0.0, 1e-4),
+        "3": _fast(1e-4, 0.3, 3e-4),
+        "2": _fast(2e-4, 0.5, 8e-4),
+        "1.58": _fast(2e-4, 0.5, 8e-4),
+        "1": _fast(2e-4, 0.5, 8e-4),
     },
 }
