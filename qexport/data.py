@@ -4,17 +4,34 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from qexport.chat import Span, render, replies
 from qexport.errors import DataError, InputError
 
-__all__ = ["Split", "documents", "hold_out", "tokenize", "windows"]
+__all__ = [
+    "Document",
+    "Split",
+    "documents",
+    "hold_out",
+    "is_held_out",
+    "marked_documents",
+    "tokenize",
+    "windows",
+]
 
 Split = Literal["train", "calibration", "eval", "all"]
 _FILE_SUFFIXES = (".jsonl", ".json", ".txt")
+
+
+class Document(NamedTuple):
+    """A text, and in a conversation the parts that the assistant has said."""
+
+    text: str
+    replies: tuple[Span, ...] | None
 
 
 def documents(source: str, split: Split, tokenizer: Any) -> Iterator[str]:
@@ -26,16 +43,29 @@ def documents(source: str, split: Split, tokenizer: Any) -> Iterator[str]:
 
     Raises InputError for a missing file, DataError for one without text or with a bad line.
     """
+    return (_row_text(row, where, tokenizer) for row, where in _rows(source, split))
+
+
+def marked_documents(source: str, split: Split, tokenizer: Any) -> Iterator[Document]:
+    """As `documents`, and what of conversations the assistant has said; errors as there."""
+    for row, where in _rows(source, split):
+        text = _row_text(row, where, tokenizer)
+        is_chat = not isinstance(row.get("text"), str)
+        yield Document(text, replies(row["messages"], text, tokenizer, where) if is_chat else None)
+
+
+def _rows(source: str, split: Split) -> Iterator[tuple[Any, str]]:
+    """Rows, and where each stands."""
     if source == "builtin":
-        return iter(_builtin(split))
+        return (({"text": text}, source) for text in _builtin(split))
     path = Path(source)
     if path.suffix == ".txt":
-        return iter(_text_file(path))
+        return (({"text": text}, source) for text in _text_file(path))
     if path.suffix in _FILE_SUFFIXES:
-        return _jsonl(path, tokenizer)
+        return _jsonl(path)
     if path.is_file():
         raise DataError(f"{source} is neither a .jsonl nor a .txt file; convert or rename it.")
-    return _hub(source, tokenizer)
+    return _hub(source)
 
 
 def hold_out(texts: list[str], one_in: int = 20) -> tuple[list[str], list[str]]:
@@ -43,8 +73,13 @@ def hold_out(texts: list[str], one_in: int = 20) -> tuple[list[str], list[str]]:
     kept: list[str] = []
     held: list[str] = []
     for text in texts:
-        (held if _bucket(text) % one_in == 0 else kept).append(text)
+        (held if is_held_out(text, one_in) else kept).append(text)
     return kept, held
+
+
+def is_held_out(text: str, one_in: int = 20) -> bool:
+    """Whether `hold_out` holds a document out."""
+    return _bucket(text) % one_in == 0
 
 
 def tokenize(texts: list[str], tokenizer: Any) -> Tensor:
@@ -105,7 +140,7 @@ def _read(path: Path) -> str:
         raise DataError(f"{path} cannot be read as UTF-8 text ({error}).") from error
 
 
-def _jsonl(path: Path, tokenizer: Any) -> Iterator[str]:
+def _jsonl(path: Path) -> Iterator[tuple[Any, str]]:
     found = False
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
@@ -116,10 +151,7 @@ def _jsonl(path: Path, tokenizer: Any) -> Iterator[str]:
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where} is not valid JSON ({error}); mend or remove it.") from error
         found = True
-        text = _row_text(row, where, tokenizer)
-        if not _is_unicode(text):
-            raise DataError(f"{where} has half a surrogate pair, which is no character.")
-        yield text
+        yield row, where
     if not found:
         raise DataError(f'{path} is empty; give rows of {{"text": …}} or {{"messages": […]}}.')
 
@@ -137,20 +169,13 @@ def _lines(path: Path) -> Iterator[str]:
 def _row_text(row: object, where: str, tokenizer: Any) -> str:
     if isinstance(row, dict) and isinstance(row.get("text"), str):
         text: str = row["text"]
-        return text
-    if isinstance(row, dict) and isinstance(row.get("messages"), list):
-        if not row["messages"] or not all(_is_message(message) for message in row["messages"]):
-            raise DataError(f"{where}: messages are not objects with a role and content.")
-        if not getattr(tokenizer, "chat_template", None):
-            raise DataError(
-                f"{where} has messages, but the model has no chat template; use rows with text."
-            )
-        try:
-            rendered: str = tokenizer.apply_chat_template(row["messages"], tokenize=False)
-        except Exception as error:  # the template's own code: it may raise anything
-            raise DataError(f"{where}: the chat template refuses it ({error}).") from error
-        return rendered
-    raise DataError(f'{where} has neither "text" nor "messages".')
+    elif isinstance(row, dict) and isinstance(row.get("messages"), list):
+        text = render(row["messages"], tokenizer, where)
+    else:
+        raise DataError(f'{where} has neither "text" nor "messages".')
+    if not _is_unicode(text):
+        raise DataError(f"{where} has half a surrogate pair, which is no character.")
+    return text
 
 
 def _is_unicode(text: str) -> bool:
@@ -161,11 +186,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _is_message(value: object) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str) and "content" in value
-
-
-def _hub(source: str, tokenizer: Any) -> Iterator[str]:
+def _hub(source: str) -> Iterator[tuple[Any, str]]:
     import datasets
 
     name, _, config = source.partition(":")
@@ -179,6 +200,6 @@ def _hub(source: str, tokenizer: Any) -> Iterator[str]:
     found = False
     for number, row in enumerate(rows, start=1):
         found = True
-        yield _row_text(row, f"{source} row {number}", tokenizer)
+        yield row, f"{source} row {number}"
     if not found:
         raise DataError(f"{source} has no rows.")

@@ -72,6 +72,13 @@ class _TrainCommand(Command):
 @click.option("--teacher-top-k", default=64, show_default=True, help="Tokens it tells; 0 for all.")
 @click.option("--warmup", default=0.05, show_default=True, help="Share of steps that warm up.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1))
+@click.option(
+    "--loss-on",
+    type=click.Choice(["all", "assistant"]),
+    default="all",
+    show_default=True,
+    help="Of conversations: every token, or what the assistant says.",
+)
 @click.option("--eval-data", help="Held-out text; default a part of --data.")
 @click.option("--scale-init", type=click.Choice(["mse", "paper"]), default="mse", show_default=True)
 @click.option(

@@ -39,6 +39,7 @@ class TrainConfig:
     include, exclude       patterns of the names of layers that are quantized, and that are not
     module_bits            "PATTERN=BITS" or "PATTERN=BITS:GROUP" for layers with a width of their
                            own; the first one that fits counts
+    loss_on                all tokens, or in conversations what the assistant says alone
     max_steps              optimizer steps; None is one pass over the data
     max_length             tokens in a window; batch_size windows in a forward pass
     gradient_accumulation  forward passes in a step
@@ -82,6 +83,7 @@ class TrainConfig:
     teacher: Literal["cached", "live"] = "cached"
     teacher_top_k: int = 64
     seed: int = 0
+    loss_on: Literal["all", "assistant"] = "all"
     eval_data: str | None = None
     scale_init: Literal["paper", "mse"] = "mse"
     scale_dtype: Literal["portable", "float32"] = "portable"

@@ -127,7 +127,7 @@ class LiveTeacher:
     def targets(self, windows: Tensor, tokens: Tensor) -> SoftTargets:
         """Asked anew each time."""
         with self._autocast():
-            logits = self._model(input_ids=tokens, use_cache=False).logits
+            logits = self._model(input_ids=tokens.to(self._model.device), use_cache=False).logits
         return soft_targets(logits, self._count, self._temperature)
 
 
@@ -154,7 +154,7 @@ class CachedTeacher:
         """
         for start in range(self._done(), len(order), batch_size):
             numbers = torch.tensor(order[start : start + batch_size])
-            found = asked.targets(numbers, rows[numbers])
+            found = asked.targets(numbers, rows[numbers].long())
             self._tokens[numbers] = found.tokens.to("cpu", torch.int32)
             self._probabilities[numbers] = found.probabilities.to("cpu", torch.float16)
             write_json(self._folder / _DONE, {"done": start + len(numbers)})

@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from qexport.train.ranks import barrier, is_main, join
 from qexport.train.report import write_report
 from qexport.train.run_folder import BLOCKS, claimed, finished, write_run
 from qexport.train.shard import shard
-from qexport.train.text import MixedWindows, Text, load_text
+from qexport.train.text import MixedWindows, Text, Windows, load_text
 from qexport.train.trainer import QatTrainer, make_trainer
 
 __all__ = ["train"]
@@ -73,14 +74,14 @@ class _Job:
 
 
 def _prepared(config: TrainConfig, source: Checkpoint, console: Console) -> _Job:
-    text = load_text(config, load_tokenizer(config.model))
+    text = _text(config, console)
     max_steps = config.max_steps
     if max_steps is None:
         max_steps = max(1, len(text.rows) // config.windows_per_step)
     if config.phase == "block":
         max_steps = 0
     model, stored = _load_model(source)
-    _check_fit(config, model, text.rows)
+    _check_fit(config, model, text.rows.tokens)
     gradient = config.settings.gradient
     modules = prepare(model, config.scheme_of, config.scale_init, stored, gradient)
     config.check_patterns(name for name, _ in model.named_modules())
@@ -89,9 +90,20 @@ def _prepared(config: TrainConfig, source: Checkpoint, console: Console) -> _Job
     return _Job(source, text, model, modules, stored, max_steps, _precision(config), fused)
 
 
+def _text(config: TrainConfig, console: Console) -> Text:
+    """The first process makes the tokens, and the others find them on the disk."""
+    tokenizer = load_tokenizer(config.model)
+    if not is_main():
+        barrier()
+    text = load_text(config, tokenizer, partial(console.print, highlight=False))
+    if is_main():
+        barrier()
+    return text
+
+
 def _carry_out(config: TrainConfig, job: _Job, run: Path, console: Console) -> dict[str, Any]:
     """Every phase, and the RUN that comes of them."""
-    training, source = job.text.rows, job.source
+    training, source = job.text.rows.tokens, job.source
     resumed = state.last_checkpoint(run)
     if resumed is not None:
         console.print(f"resuming from {resumed.name}")
@@ -115,8 +127,8 @@ def _carry_out(config: TrainConfig, job: _Job, run: Path, console: Console) -> d
     tensors = run_tensors(job.model, job.stored)
     if is_main():
         write_run(run, source, job.modules, tensors, results, trainer.state)
-        shown = training if job.text.held_out is None else job.text.held_out
-        write_report(run, source, results, shown)
+        shown = job.text.rows if job.text.held_out is None else job.text.held_out
+        write_report(run, source, results, shown.tokens)
         mark(run, "run", status="finished", settings=config.identity())
         state.drop_checkpoints(run)
     else:
@@ -178,7 +190,7 @@ def _precision(config: TrainConfig) -> str:
 
 
 def _announce(console: Console, config: TrainConfig, job: _Job) -> None:
-    model, max_steps, training = job.model, job.max_steps, job.text.rows
+    model, max_steps, training = job.model, job.max_steps, job.text.rows.tokens
     trainable = sum(p.numel() for p in model.parameters())
     alphas = sum(p.numel() for name, p in model.named_parameters() if name.endswith(".alpha"))
     largest = max(p.numel() for p in model.parameters())
@@ -199,7 +211,7 @@ def _announce(console: Console, config: TrainConfig, job: _Job) -> None:
 
 
 def _results(
-    trainer: QatTrainer, config: TrainConfig, max_steps: int, held_out: Tensor | None
+    trainer: QatTrainer, config: TrainConfig, max_steps: int, held_out: Windows | None
 ) -> dict[str, Any]:
     history = [row for row in trainer.state.log_history if "loss" in row]
     summary = [row for row in trainer.state.log_history if "train_loss" in row]
@@ -214,5 +226,5 @@ def _results(
         dataset = MixedWindows(held_out, len(held_out), 0)
         loss = trainer.evaluate(dataset)["eval_loss"]
         results |= {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
-        results["eval_tokens"] = held_out.numel()
+        results["eval_tokens"] = held_out.tokens.numel()
     return results

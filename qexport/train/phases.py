@@ -84,7 +84,7 @@ def make_teacher(
     if is_main():
         live = LiveTeacher(_dense(source, device), *how)
         asking = CachedTeacher(run / TEACHER, *size)
-        for done in asking.fill(order, training.to(device), live, config.batch_size):
+        for done in asking.fill(order, training, live, config.batch_size):
             if done % (50 * config.batch_size) == 0:
                 console.print(f"asked the dense model of {done}/{len(order)} windows")
     barrier()

@@ -1,6 +1,6 @@
 """What a run trains on: windows of one or several sources, mixed, and what is held out of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,62 +8,99 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from qexport.data import documents, hold_out, tokenize, windows
+from qexport.data import windows
 from qexport.errors import DataError
 from qexport.train.config import TrainConfig
+from qexport.train.tokens import Request, Tokens, tokens_of
 
-__all__ = ["MixedWindows", "Text", "load_text"]
+__all__ = ["MixedWindows", "Text", "Windows", "load_text"]
+
+_IGNORED = -100  # a label that is no target
+
+
+@dataclass(frozen=True)
+class Windows:
+    """tokens int32 [n, length], and bool [n, length] of those that are targets; None for all."""
+
+    tokens: Tensor
+    targets: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: slice) -> "Windows":
+        return Windows(self.tokens[rows], None if self.targets is None else self.targets[rows])
 
 
 @dataclass(frozen=True)
 class Text:
-    """Windows [n, length] of all sources, one source after the other.
+    """Windows of all sources, one source after the other.
 
     sizes      how many are of each; weights: what share of the training is, relative to the others
     held_out   windows that are not trained on, or None where there is too little text
     """
 
-    rows: Tensor
+    rows: Windows
     sizes: tuple[int, ...]
     weights: tuple[float, ...]
-    held_out: Tensor | None
+    held_out: Windows | None
 
 
-def load_text(config: TrainConfig, tokenizer: Any) -> Text:
+def load_text(config: TrainConfig, tokenizer: Any, tell: Callable[[str], None]) -> Text:
     """Read, tokenize and pack every source. Raises InputError or DataError as `documents` does."""
     parts, held, weights = [], [], []
     for name, weight in config.sources:
-        mine, apart = _source(name, config, tokenizer)
+        mine, apart = _source(name, config, tokenizer, tell)
         parts.append(mine)
         weights.append(float(len(mine)) if weight is None else weight)
         held += [] if apart is None else [apart]
     if config.eval_data is not None:
-        texts = list(documents(config.eval_data, "eval", tokenizer))
-        held = [windows(tokenize(texts, tokenizer), config.max_length)]
+        asked = Request(config.eval_data, "eval", False, config.loss_on == "assistant")
+        held = [_cut(tokens_of(asked, tokenizer, tell)[0], config.max_length)]
     sizes = tuple(map(len, parts))
-    return Text(torch.cat(parts), sizes, tuple(weights), torch.cat(held) if held else None)
+    return Text(_joined(parts), sizes, tuple(weights), _joined(held) if held else None)
 
 
-def _source(name: str, config: TrainConfig, tokenizer: Any) -> tuple[Tensor, Tensor | None]:
+def _source(
+    name: str, config: TrainConfig, tokenizer: Any, tell: Callable[[str], None]
+) -> tuple[Windows, Windows | None]:
     """Training windows, and held-out ones where there is text enough for one."""
-    texts = list(documents(name, "train", tokenizer))
-    held: list[str] = []
-    if config.eval_data is None:
-        if name == "builtin":
-            held = list(documents(name, "eval", tokenizer))
-        else:
-            texts, held = hold_out(texts)
-    if not texts:
-        texts, held = held, []
-    training = windows(tokenize(texts, tokenizer), config.max_length)
-    if config.eval_data is not None:
+    limit = None if config.max_steps is None else max(1, config.max_steps) * config.tokens_per_step
+    apart = config.eval_data is None
+    asked = Request(name, "train", apart, config.loss_on == "assistant", limit)
+    kept, held = tokens_of(asked, tokenizer, tell)
+    if not len(kept.ids):
+        kept, held = held, kept
+    training = _cut(kept, config.max_length)
+    if not apart:
         return training, None
     try:
-        return training, windows(tokenize(held, tokenizer), config.max_length)
+        return training, _cut(held, config.max_length)
     except DataError:
         # Too few documents to hold out: the last windows of the text, where it has enough.
         count = len(training) // 20
         return (training[:-count], training[-count:]) if count else (training, None)
+
+
+def _cut(tokens: Tokens, length: int) -> Windows:
+    """Raises DataError where not one window comes out, or none that has a target."""
+    ids, targets = windows(tokens.ids, length), None
+    if tokens.targets is not None:
+        targets = windows(tokens.targets, length)
+        some = targets[:, 1:].any(1)
+        if not bool(some.any()):
+            raise DataError("--loss-on assistant: the text has no word of an assistant.")
+        if not bool(some.all()):
+            ids, targets = ids[some], targets[some]
+    return Windows(ids, targets)
+
+
+def _joined(parts: Sequence[Windows]) -> Windows:
+    if len(parts) == 1:
+        return parts[0]
+    targets = [part.targets for part in parts if part.targets is not None]
+    tokens = torch.cat([part.tokens for part in parts])
+    return Windows(tokens, torch.cat(targets) if targets else None)
 
 
 class MixedWindows(Dataset[dict[str, Tensor]]):
@@ -75,7 +112,7 @@ class MixedWindows(Dataset[dict[str, Tensor]]):
 
     def __init__(
         self,
-        rows: Tensor,
+        rows: Windows,
         total: int,
         seed: int,
         sizes: Sequence[int] = (),
@@ -93,8 +130,11 @@ class MixedWindows(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         window = self.window(index)
-        row = self._rows[window]
-        return {"input_ids": row, "labels": row, "window": torch.tensor(window)}
+        row = self._rows.tokens[window].long()
+        labels = row
+        if self._rows.targets is not None:
+            labels = row.masked_fill(~self._rows.targets[window], _IGNORED)
+        return {"input_ids": row, "labels": labels, "window": torch.tensor(window)}
 
     def window(self, index: int) -> int:
         """The number of the row that is the item of this index."""

@@ -6,13 +6,13 @@ NVRTC needs no GPU and no CUDA toolkit; it comes with torch's CUDA builds (nvidi
 import ctypes
 import hashlib
 import importlib.util
-import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
+from qexport.cache import cache_folder
 from qexport.errors import UnsupportedError
 
 __all__ = ["architectures", "compile_cubin", "nvrtc_version"]
@@ -33,7 +33,7 @@ def compile_cubin(name: str, sources: Mapping[str, str], architecture: str) -> b
         key.update(part.encode() + b"\0")
     for file, text in sorted(sources.items()):
         key.update(file.encode() + b"\0" + text.encode() + b"\0")
-    path = _cache() / f"{Path(name).stem}-{architecture}-{key.hexdigest()}.cubin"
+    path = cache_folder("cubins") / f"{Path(name).stem}-{architecture}-{key.hexdigest()}.cubin"
     if path.is_file():
         return path.read_bytes()
     cubin = _compile(name, sources, architecture)
@@ -121,11 +121,6 @@ def _check(result: int) -> None:
 
 def _said(result: int) -> str:
     return str(_library().nvrtcGetErrorString(result).decode())
-
-
-def _cache() -> Path:
-    home = os.environ.get("QEXPORT_CACHE") or Path.home() / ".cache" / "qexport"
-    return Path(home) / "cubins"
 
 
 def _write(path: Path, cubin: bytes) -> None:

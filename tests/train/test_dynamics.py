@@ -17,7 +17,7 @@ from qexport.paretoq import WIDTHS, fake_quantize, initial_alpha
 from qexport.train import TrainConfig, train
 from qexport.train.mix import mix_masters
 from qexport.train.prepare import FakeQuantize, prepare
-from qexport.train.text import MixedWindows
+from qexport.train.text import MixedWindows, Windows
 from qexport.train.trainer import QatTrainer
 
 DAMPING = 0.21 * math.sqrt(2) * math.pi
@@ -111,7 +111,7 @@ def test_every_source_has_its_share_at_every_moment(
     sizes: list[int], shares: list[float], total: int, seed: int
 ) -> None:
     """Within one window; each source in whole passes, and the same again after a resume."""
-    rows = torch.arange(sum(sizes))[:, None]
+    rows = Windows(torch.arange(sum(sizes))[:, None])
     weights = shares[: len(sizes)]
     mixed = MixedWindows(rows, total, seed, sizes, weights)
     met = [int(mixed[index]["window"]) for index in range(total)]
