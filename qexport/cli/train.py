@@ -96,6 +96,9 @@ class _TrainCommand(Command):
 )
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time.")
 @click.option("--shard", is_flag=True, help="Spread the model over torchrun's processes (FSDP2).")
+@click.option(
+    "--deepspeed", type=click.Path(path_type=Path), help="Or by ZeRO, with this configuration."
+)
 @click.option("--offload", is_flag=True, help="Keep its parts in their hosts' memory.")
 @click.option("--save-steps", default=200, show_default=True, help="Steps between checkpoints.")
 @click.option(

@@ -1,6 +1,7 @@
 """What a training run is asked to do, checked before anything heavy starts."""
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
@@ -23,7 +24,7 @@ DENSE = "16"
 # So is how a step's windows are shared out: what counts is how many tokens it has.
 _FREE_FIELDS = (
     *("output", "resume", "save_steps", "log_steps", "batch_size", "gradient_accumulation"),
-    *("gradient_checkpointing", "teacher", "shard", "offload", "compile"),
+    *("gradient_checkpointing", "teacher", "shard", "offload", "compile", "deepspeed"),
 )
 
 
@@ -48,6 +49,7 @@ class TrainConfig:
     phase                  the block-wise start alone, end to end alone, or both
     compile                fuse the quantizers by torch.compile; None: where the model is large
     shard, offload         spread the model over all processes (FSDP2), in their hosts' memory
+    deepspeed              the file of a ZeRO configuration
     teacher                whether the dense model stays in memory, or what it says is kept on disk;
                            of its `teacher_top_k` likeliest tokens (0: of all)
     """
@@ -92,6 +94,7 @@ class TrainConfig:
     compile: bool | None = None
     shard: bool = False
     offload: bool = False
+    deepspeed: Path | None = None
     save_steps: int = 200
     log_steps: int = 1
     resume: bool = True
@@ -126,6 +129,10 @@ class TrainConfig:
                 raise InputError(f"{_flag(name, self)} is less than 1.")
         if self.shard and world_size() == 1:
             raise InputError("--shard wants several processes; start them with torchrun.")
+        if self.deepspeed is not None and (self.shard or self.settings.mix_steps):
+            raise InputError("--deepspeed goes with neither --shard nor --mix-steps.")
+        if self.deepspeed is not None and "LOCAL_RANK" not in os.environ:
+            raise InputError("--deepspeed wants torchrun, or accelerate launch.")
         if self.offload and not self.shard:
             raise InputError("--offload goes with --shard.")
         if self.teacher_top_k < 0:

@@ -41,7 +41,7 @@ def train(config: TrainConfig, console: Console, *, dry_run: bool = False) -> di
     finished is not trained again. Raises InputError, DataError or CheckpointError before anything
     is written where the model, the data or the output folder will not do.
     """
-    join()
+    join(deepspeed=config.deepspeed is not None)
     console.quiet = console.quiet or not is_main()
     source = _dense_source(config.model)
     found = finished(config)

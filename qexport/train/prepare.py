@@ -49,7 +49,7 @@ class FakeQuantize(nn.Module):
 
     def scales(self) -> Tensor:
         """The stored scales [out, groups], exact in `scheme.scale_dtype`."""
-        return effective_scale(whole(self.alpha.detach()), self.scheme).to(self.scheme.scale_dtype)
+        return effective_scale(whole(self.alpha).detach(), self.scheme).to(self.scheme.scale_dtype)
 
 
 class StoredAs(nn.Module):
@@ -143,7 +143,7 @@ def run_tensors(model: nn.Module, stored: torch.dtype) -> Iterator[tuple[str, Te
             if id(chain.original) in seen:
                 continue
             seen.add(id(chain.original))
-            master = whole(chain.original.detach())
+            master = whole(chain.original).detach()
             if isinstance(chain[0], FakeQuantize):
                 yield f"{prefix}{parameter}", master
                 yield f"{prefix}{parameter}_scale", chain[0].scales()
@@ -152,7 +152,7 @@ def run_tensors(model: nn.Module, stored: torch.dtype) -> Iterator[tuple[str, Te
         for parameter, value in module.named_parameters(recurse=False):
             if id(value) not in seen:
                 seen.add(id(value))
-                yield f"{prefix}{parameter}", whole(value.detach()).to(stored)
+                yield f"{prefix}{parameter}", whole(value).detach().to(stored)
 
 
 def _check_whole(model: nn.Module, layers: dict[str, nn.Linear]) -> None:

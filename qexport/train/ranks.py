@@ -12,7 +12,7 @@ from accelerate import PartialState
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-__all__ = ["assign", "barrier", "is_main", "join", "like", "whole", "world_size"]
+__all__ = ["assign", "barrier", "count_processes", "is_main", "join", "like", "whole", "world_size"]
 
 _LONGEST = timedelta(days=2)  # that some wait for the first, while it trains blocks, say
 
@@ -27,10 +27,21 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def join() -> None:
+def join(*, deepspeed: bool = False) -> None:
     """Meet the other processes."""
-    if world_size() > 1:
+    if deepspeed:
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        PartialState(timeout=_LONGEST)
+    elif world_size() > 1:
         PartialState(cpu=not torch.cuda.is_available(), timeout=_LONGEST)
+
+
+def count_processes() -> None:
+    """Tell accelerate how many there are: under DeepSpeed it counts those with a GPU."""
+    state = PartialState()
+    state.num_processes = world_size()
+    state.process_index = int(os.environ["RANK"])
+    state.local_process_index = int(os.environ["LOCAL_RANK"])
 
 
 def barrier() -> None:

@@ -5,11 +5,12 @@ number generators in safetensors and JSON, never pickle. It is written under ano
 to the disk and renamed, so that a folder of that name is always whole.
 """
 
+import contextlib
 import json
 import os
 import random
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,12 @@ from qexport.train.ranks import assign, is_main, like, whole
 __all__ = [
     "drop_checkpoints",
     "last_checkpoint",
-    "load_into",
+    "load_masters",
+    "load_moments",
+    "load_optimizer",
     "load_progress",
     "load_random",
+    "load_schedule",
     "save",
 ]
 
@@ -56,22 +60,25 @@ def save(
     run: Path,
     trainer_state: TrainerState,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    moments: Mapping[Tensor, Mapping[str, Any]],
     scheduler: Any,
     progress: dict[str, Any],
 ) -> Path:
     """Write `checkpoint-<step>` into `run`; `progress` is JSON of the caller's own.
 
+    moments   the optimizer's state of each parameter: tensors, and numbers
+
     Every process has to call it, and the first one writes.
     """
     step = trainer_state.global_step
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-    tensors = _gathered((name, parameter.detach()) for parameter, name in names.items())
-    moments = _gathered(
+    tensors = _gathered((name, parameter) for parameter, name in names.items())
+    fields = [
         (f"{names[parameter]}|{key}", value)
-        for parameter, state in optimizer.state.items()
+        for parameter, state in moments.items()
         for key, value in state.items()
-    )
+    ]
+    found = _gathered((name, value) for name, value in fields if torch.is_tensor(value))
     final = run / f"{_PREFIX}{step}"
     if not is_main():
         return final
@@ -80,8 +87,9 @@ def save(
     with disk_errors(run):
         temporary.mkdir()
         save_file(tensors, temporary / "masters.safetensors")
-        save_file({**moments, **_random_tensors()}, temporary / "optimizer.safetensors")
+        save_file({**found, **_random_tensors()}, temporary / "optimizer.safetensors")
         values = {
+            "numbers": {name: value for name, value in fields if not torch.is_tensor(value)},
             "scheduler": scheduler.state_dict(),
             "python_random": random.getstate(),
             "numpy_random": _numpy_state(),
@@ -97,62 +105,88 @@ def save(
     return final
 
 
-def load_into(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, scheduler: Any
-) -> None:
-    """Restore masters, or with an optimizer its moments and the schedule.
+def load_masters(folder: Path, model: nn.Module) -> None:
+    """Restore masters. Raises CheckpointError where they are damaged or of another model."""
+    with _damage(folder):
+        parameters = dict(model.named_parameters())
+        with safe_open(folder / "masters.safetensors", framework="pt") as file:
+            if set(file.keys()) != set(parameters):
+                raise ValueError("its parameters are not this model's")
+            for name, parameter in parameters.items():
+                assign(parameter, file.get_tensor(name))
 
-    Raises CheckpointError where the checkpoint is damaged or of another model.
-    """
+
+def load_moments(folder: Path, model: nn.Module) -> dict[Tensor, dict[str, Any]]:
+    """What `save` was given of every parameter, whole. Raises CheckpointError where damaged."""
     parameters = dict(model.named_parameters())
-    try:
-        if optimizer is None:
-            _load_masters(folder / "masters.safetensors", parameters)
-            return
-        fused = bool(optimizer.param_groups[0].get("fused"))
+    moments: dict[Tensor, dict[str, Any]] = {}
+    with _damage(folder):
         with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
             for key in list(file.keys()):
                 name, _, field = key.partition("|")
                 if name != "random":
-                    parameter, value = parameters[name], file.get_tensor(key)
-                    if value.shape == parameter.shape:
-                        value = like(value, parameter)
-                    elif fused:  # the others keep their count of steps on the host
-                        value = value.to(parameter.device)
-                    optimizer.state[parameter][field] = value
-        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        scheduler.load_state_dict(values["scheduler"])
+                    moments.setdefault(parameters[name], {})[field] = file.get_tensor(key)
+        for key, number in _values(folder)["numbers"].items():
+            name, _, field = key.partition("|")
+            moments.setdefault(parameters[name], {})[field] = number
+    return moments
+
+
+def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Restore an optimizer's moments. Raises CheckpointError where they are damaged."""
+    fused = bool(optimizer.param_groups[0].get("fused"))
+    for parameter, state in load_moments(folder, model).items():
+        for field, value in state.items():
+            found = value
+            if torch.is_tensor(value):
+                if value.shape == parameter.shape:
+                    found = like(value, parameter)
+                elif fused or field != "step":  # the others keep their count on the host
+                    found = value.to(parameter.device)
+            optimizer.state[parameter][field] = found
+
+
+def load_schedule(folder: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+    """Restore where the rates stand. Raises CheckpointError where that is damaged."""
+    with _damage(folder):
+        scheduler.load_state_dict(_values(folder)["scheduler"])
         for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate  # a schedule sets it only with its next step
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder} is damaged ({error}); remove it, or start over with --no-resume."
-        ) from error
 
 
 def load_random(folder: Path) -> None:
     """Restore the random generators. Raises CheckpointError where the checkpoint is damaged."""
-    try:
+    with _damage(folder):
         with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
             for key in list(file.keys()):
                 if key.startswith("random|"):
                     _set_random(key.removeprefix("random|"), file.get_tensor(key))
-        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        values = _values(folder)
         version, words, gauss = values["python_random"]
         random.setstate((version, tuple(words), gauss))
         np.random.set_state(_numpy_tuple(values["numpy_random"]))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} is damaged ({error}); remove it.") from error
 
 
 def load_progress(folder: Path) -> dict[str, Any]:
     """The `progress` that `save` was given. Raises CheckpointError where damaged."""
-    try:
-        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        progress: dict[str, Any] = values["progress"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder} is damaged ({error}); remove it.") from error
+    with _damage(folder):
+        progress: dict[str, Any] = _values(folder)["progress"]
     return progress
+
+
+def _values(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return found
+
+
+@contextlib.contextmanager
+def _damage(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} is damaged ({error}); remove it, or start over with --no-resume."
+        ) from error
 
 
 def _checkpoints(run: Path) -> list[Path]:
@@ -160,21 +194,16 @@ def _checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[len(_PREFIX) :]))
 
 
-def _load_masters(path: Path, parameters: dict[str, nn.Parameter]) -> None:
-    with safe_open(path, framework="pt") as file:
-        if set(file.keys()) != set(parameters):
-            raise ValueError("its parameters are not this model's")
-        for name, parameter in parameters.items():
-            assign(parameter, file.get_tensor(name))
-
-
 def _gathered(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Whole tensors on the first process; nothing on the others, which take part."""
-    found = {}
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
     for name, tensor in tensors:
-        value = whole(tensor)
+        value = whole(tensor).detach()
         if is_main():
-            found[name] = value
+            # what some parameters share, as bitsandbytes' tables, is written for each
+            found[name] = value.clone() if value.data_ptr() in seen else value
+            seen.add(value.data_ptr())
     return found
 
 

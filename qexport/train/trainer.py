@@ -10,12 +10,12 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from qexport.errors import QexportError
-from qexport.train import state
+from qexport.train import state, zero
 from qexport.train.config import TrainConfig
 from qexport.train.distill import SoftTargets, Teacher, distillation_loss
 from qexport.train.mix import Mixing
 from qexport.train.progress import ProgressReport, TensorBoardLog
-from qexport.train.ranks import is_main
+from qexport.train.ranks import count_processes, is_main
 from qexport.train.recipe import Recipe
 from qexport.train.text import MixedWindows, Text
 
@@ -88,17 +88,38 @@ class QatTrainer(Trainer):
             Path(self.args.output_dir),
             self.state,
             self.model,
-            self.optimizer,
+            zero.moments(self.model, self.optimizer)
+            if self.is_deepspeed_enabled
+            else self.optimizer.state,
             self.lr_scheduler,
             progress,
         )
 
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
+            return super()._prepare_for_training(
+                max_steps, train_dataloader, resume_from_checkpoint
+            )
+        # Trainer would have DeepSpeed load pickles of its own
+        self._load_from_checkpoint(resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        state.load_into(Path(resume_from_checkpoint), self.model, None, None)
+        state.load_masters(Path(resume_from_checkpoint), self.model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            state.load_into(Path(checkpoint), self.model, self.optimizer, self.lr_scheduler)
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        if self.is_deepspeed_enabled:
+            zero.load_moments(self.optimizer, state.load_moments(folder, self.model))
+        else:
+            state.load_optimizer(folder, self.model, self.optimizer)
+        state.load_schedule(folder, self.optimizer, self.lr_scheduler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Called once the loader has drawn its own seed, as it had when the state was saved."""
@@ -146,6 +167,14 @@ def make_trainer(
     report: ProgressReport,
 ) -> QatTrainer:
     """A trainer for a prepared `model` over a text's windows, told of by `report`."""
+    deepspeed = None
+    if config.deepspeed is not None:
+        deepspeed = zero.configuration(
+            config.deepspeed,
+            batch_size=config.batch_size,
+            gradient_accumulation=config.gradient_accumulation,
+            bf16=precision == "bf16",
+        )
     arguments = TrainingArguments(
         output_dir=str(config.output),
         max_steps=max(max_steps, 1),
@@ -159,8 +188,9 @@ def make_trainer(
         warmup_steps=int(max_steps * config.warmup),
         weight_decay=0.0,
         seed=config.seed,
-        bf16=precision == "bf16",
-        use_cpu=not torch.cuda.is_available(),
+        bf16=precision == "bf16" and deepspeed is None,
+        deepspeed=deepspeed,
+        use_cpu=not torch.cuda.is_available() and deepspeed is None,
         ddp_find_unused_parameters=False,
         save_strategy="steps",
         save_steps=config.save_steps,
@@ -173,6 +203,8 @@ def make_trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
         restore_callback_states_from_checkpoint=False,
     )
+    if deepspeed is not None:
+        count_processes()
     arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would multiply the batch
     total = max(max_steps, 1) * config.windows_per_step
     dataset = MixedWindows(text.rows, total, config.seed, text.sizes, text.weights)

@@ -23,6 +23,11 @@ LOADERS = [
     *("threadpoolctl==3.8.0", "device-smi==0.5.7", "tokenicer==0.0.14", "defuser==0.0.28"),
     *("pillow", "requests", "urllib3", "certifi", "charset-normalizer"),
 ]
+# beside the engines, in a folder of its own: accelerate imports it wherever it can
+DEEPSPEED = [
+    *("deepspeed==0.19.8", "hjson==3.1.0", "py-cpuinfo==9.0.0", "einops==0.8.2"),
+    *("msgpack==1.2.4", "ninja"),
+]
 # of what qexport requires, what the engines do not bring
 OURS = ["click", "rich", "datasets", "accelerate"]
 
@@ -47,6 +52,9 @@ def main() -> None:
     subprocess.run([*pip, *pinned, *required], check=True)
     subprocess.run([*pip, "--no-deps", *LOADERS], check=True)
     subprocess.run([*pip, "--no-deps", *LLAMA], check=True, env={**os.environ, **LLAMA_BUILD})
+    subprocess.run(
+        [*pip, "--no-deps", "--target", str(FOLDER / "deepspeed"), *DEEPSPEED], check=True
+    )
     # vLLM finds our plugin by its entry point, in each of its processes
     subprocess.run([*pip, *pinned, *OURS], check=True)
     subprocess.run([*pip, "--no-deps", "-e", str(ROOT)], check=True)

@@ -4,7 +4,7 @@ import pytest
 
 from tests.oracle.install import FOLDER
 
-__all__ = ["NEEDS_ENVIRONMENT", "REAL_MODELS"]
+__all__ = ["FOLDER", "NEEDS_ENVIRONMENT", "REAL_MODELS"]
 
 NEEDS_ENVIRONMENT = pytest.mark.skipif(
     not (FOLDER / ".ready").exists(), reason="no .venv-oracle here; `make oracle` makes it"

@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 
+from qexport.errors import InputError
 from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.pack import pack
+from qexport.train.zero import configuration
 from tests.conftest import Cli
+from tests.oracle.marks import FOLDER, NEEDS_ENVIRONMENT
 
 STEPS = 12
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -47,6 +50,18 @@ def kill_all(run: Path) -> None:
                 os.kill(int(folder.name), signal.SIGKILL)
 
 
+def train_until_saved(run: Path, command: list[str], environment: dict[str, str]) -> None:
+    """Start a training, and kill all of it once it has a checkpoint."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+    )
+    while process.poll() is None and not list(run.glob("checkpoint-*")):
+        time.sleep(0.002)
+    kill_all(run)
+    process.wait()
+    assert not (run / "config.json").exists(), "it was too fast to be killed"
+
+
 def losses(run: Path) -> list[float]:
     history = json.loads((run / "trainer_state.json").read_text())["log_history"]
     return [row["loss"] for row in history if "loss" in row]
@@ -76,23 +91,76 @@ def test_two_processes_train_what_one_does(
     assert pack(open_checkpoint(run), FORMATS["native"], tmp_path / "packed").exact
 
 
+def deepspeed() -> tuple[list[str], dict[str, str]]:
+    """Options and environment of a training by ZeRO-2, on CPUs."""
+    folder = str(FOLDER / "deepspeed")
+    path = Path(__file__).parent.parent.parent / "examples" / "zero2.json"
+    return ["--deepspeed", str(path)], {
+        **ENVIRONMENT,
+        "PYTHONPATH": folder,
+        "DS_ACCELERATOR": "cpu",
+    }
+
+
+@NEEDS_ENVIRONMENT
+def test_two_processes_of_deepspeed_train_what_one_does(
+    tiny_model: Path, alone: Path, tmp_path: Path
+) -> None:
+    """Moments are in parts; killed, they go on, and the checkpoint is like any other."""
+    run, (extra, environment) = tmp_path / "run", deepspeed()
+    command = torchrun(2, "train", tiny_model, *options(run, 2), *extra)
+    train_until_saved(run, command, environment)
+    (saved,) = run.glob("checkpoint-*")
+    names = {path.suffix for path in saved.iterdir()}
+    assert names == {".safetensors", ".json"}
+    command = torchrun(2, "train", tiny_model, *options(run, 2), *extra)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from checkpoint-" in done.stderr
+    assert losses(run) == pytest.approx(losses(alone), abs=1e-3)
+    assert pack(open_checkpoint(run), FORMATS["native"], tmp_path / "packed").exact
+
+
+@NEEDS_ENVIRONMENT
+def test_one_process_goes_on_where_two_of_deepspeed_were_killed(
+    tiny_model: Path, alone: Path, tmp_path: Path
+) -> None:
+    run, (extra, environment) = tmp_path / "run", deepspeed()
+    command = torchrun(2, "train", tiny_model, *options(run, 2), *extra)
+    train_until_saved(run, command, environment)
+    command = [sys.executable, "-m", "qexport", "train", str(tiny_model), *options(run, 4)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert losses(run) == pytest.approx(losses(alone), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", 'has no "zero_optimization"'),
+        ('{"zero_optimization": {"stage": 3}}', "is not of stage 1 or 2"),
+        ('{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}', "leave out 'bf16'"),
+        ('{"zero_optimization": {"stage": 2}, "optimizer": {}}', "leave out 'optimizer'"),
+    ],
+)
+def test_configurations_of_deepspeed_that_will_not_do(
+    tmp_path: Path, content: str, said: str
+) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=said):
+        configuration(path, batch_size=2, gradient_accumulation=1, bf16=True)
+
+
 @pytest.mark.parametrize("extra", [(), ("--shard",)])
 def test_one_process_goes_on_where_two_were_killed(
     tiny_model: Path, alone: Path, tmp_path: Path, extra: tuple[str, ...]
 ) -> None:
     """Masters, moments and the place in the text are those of the whole."""
     run = tmp_path / "run"
-    process = subprocess.Popen(
-        torchrun(2, "train", tiny_model, *options(run, 2), *extra),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=ENVIRONMENT,
-    )
-    while process.poll() is None and not list(run.glob("checkpoint-*")):
-        time.sleep(0.002)
-    kill_all(run)
-    process.wait()
-    assert not (run / "config.json").exists(), "it was too fast to be killed"
+    command = torchrun(2, "train", tiny_model, *options(run, 2), *extra)
+    train_until_saved(run, command, ENVIRONMENT)
     command = [sys.executable, "-m", "qexport", "train", str(tiny_model), *options(run, 4)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
@@ -105,6 +173,7 @@ def test_mistakes_in_a_sentence(tiny_model: Path, tmp_path: Path, cli: Cli) -> N
     for said, *extra in (
         ("--shard wants several processes", "--shard"),
         ("--offload goes with --shard", "--offload"),
+        ("--deepspeed wants torchrun", "--deepspeed", "zero.json"),
     ):
         result = cli("train", tiny_model, *options(tmp_path / "run", 4), *extra)
         assert result.returncode == 2 and said in result.stderr

@@ -165,7 +165,7 @@ def test_a_checkpoint_cut_short_is_never_taken_for_one(tmp_path: Path) -> None:
     optimizer.step()
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
     trainer_state = TrainerState(global_step=5)
-    state.save(tmp_path, trainer_state, model, optimizer, scheduler, {"x": 1})
+    state.save(tmp_path, trainer_state, model, optimizer.state, scheduler, {"x": 1})
     (tmp_path / ".checkpoint-9").mkdir()
     (tmp_path / ".checkpoint-9" / "masters.safetensors").write_bytes(b"half")
     assert state.last_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
