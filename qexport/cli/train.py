@@ -88,7 +88,14 @@ class _TrainCommand(Command):
     show_default=True,
     help="portable: values that fp16 and bf16 both hold, so that every format is exact.",
 )
-@click.option("--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto")
+@click.option("--precision", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), default="auto")
+@click.option(
+    "--optimizer",
+    type=click.Choice(["adamw", "adamw8bit"]),
+    default="adamw",
+    show_default=True,
+    help="adamw8bit: moments in a quarter of the memory, by bitsandbytes.",
+)
 @click.option(
     "--compile/--no-compile",
     default=None,

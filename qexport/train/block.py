@@ -222,7 +222,8 @@ def _parts(count: int, size: int) -> Iterator[slice]:
 
 
 def _autocast(settings: BlockSettings, device: torch.device) -> Any:
-    return torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+    half = torch.float16 if settings.precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, half, enabled=settings.precision != "fp32")
 
 
 @torch.no_grad()
@@ -295,6 +296,7 @@ def _train(
         betas=(0.9, 0.95),
     )
     steps = settings.epochs * -(-count // settings.batch_size)
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     dice = torch.Generator().manual_seed(settings.seed + (index << 32))
     errors = []
@@ -308,8 +310,9 @@ def _train(
             # each token counts alike: a few have activations a thousand times as large
             error = (made.float() - wanted).square().sum(-1) / wanted.square().sum(-1)
             loss = error.mean()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
             errors.append(loss.item())

@@ -46,6 +46,8 @@ class TrainConfig:
     gradient_accumulation  forward passes in a step
     warmup                 share of the steps in which the rate rises, before its cosine falls
     recipe                 name in RECIPES; lr to block_scale_lr are its own where they are None
+    precision              of products; fp16 with loss scaling. Masters are float32 in any case
+    optimizer              adamw8bit keeps moments in 8 bits by bitsandbytes, embeddings' in 32
     phase                  the block-wise start alone, end to end alone, or both
     compile                fuse the quantizers by torch.compile; None: where the model is large
     shard, offload         spread the model over all processes (FSDP2), in their hosts' memory
@@ -89,7 +91,8 @@ class TrainConfig:
     eval_data: str | None = None
     scale_init: Literal["paper", "mse"] = "mse"
     scale_dtype: Literal["portable", "float32"] = "portable"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     gradient_checkpointing: bool = False
     compile: bool | None = None
     shard: bool = False
@@ -133,6 +136,10 @@ class TrainConfig:
             raise InputError("--deepspeed goes with neither --shard nor --mix-steps.")
         if self.deepspeed is not None and "LOCAL_RANK" not in os.environ:
             raise InputError("--deepspeed wants torchrun, or accelerate launch.")
+        if self.optimizer == "adamw8bit" and (self.shard or self.deepspeed is not None):
+            raise InputError("--optimizer adamw8bit goes with neither --shard nor --deepspeed.")
+        if self.precision == "fp16" and self.deepspeed is not None:
+            raise InputError("--precision fp16 does not go with --deepspeed; use bf16.")
         if self.offload and not self.shard:
             raise InputError("--offload goes with --shard.")
         if self.teacher_top_k < 0:

@@ -1,6 +1,7 @@
 """The training loop: transformers' Trainer with our state on disk, from a model to a RUN."""
 
 import contextlib
+import importlib.util
 import math
 from collections import deque
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from qexport.checkpoint import Checkpoint, Modules, open_source
-from qexport.errors import CheckpointError, InputError
+from qexport.errors import CheckpointError, InputError, UnsupportedError
 from qexport.modelling import build_model, load_tokenizer
 from qexport.output import disk_errors, mark
 from qexport.train import state
@@ -43,6 +44,10 @@ def train(config: TrainConfig, console: Console, *, dry_run: bool = False) -> di
     """
     join(deepspeed=config.deepspeed is not None)
     console.quiet = console.quiet or not is_main()
+    if config.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UnsupportedError(
+            "--optimizer adamw8bit wants bitsandbytes: pip install bitsandbytes."
+        )
     source = _dense_source(config.model)
     found = finished(config)
     if found is not None:
@@ -178,6 +183,8 @@ def _check_names(source: Checkpoint, model: nn.Module, stored: torch.dtype) -> N
 
 def _precision(config: TrainConfig) -> str:
     """bf16 where the device multiplies it natively, unless told otherwise."""
+    if config.precision == "fp16" and not torch.cuda.is_available():
+        raise UnsupportedError("--precision fp16 wants a GPU; bf16 and fp32 train here too.")
     if config.precision != "auto":
         return config.precision
     if torch.cuda.is_available():

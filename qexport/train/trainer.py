@@ -67,6 +67,8 @@ class QatTrainer(Trainer):
             scales = [p for name, p in named if name.endswith(".alpha")]
             others = [p for name, p in named if not name.endswith(".alpha")]
             kind, arguments = self.get_optimizer_cls_and_kwargs(self.args)
+            if "bnb" in self.args.optim:
+                _keep_precise(self.model)
             groups = [
                 {"params": others, "lr": self.settings.lr},
                 {"params": scales, "lr": self.settings.scale_lr},
@@ -83,6 +85,9 @@ class QatTrainer(Trainer):
             "loss_sum": self._total_loss_scalar,
             "loss_pending": self._tr_loss.item(),
             "last_logged": self._globalstep_last_logged,
+            "scaler": None
+            if self.accelerator.scaler is None
+            else self.accelerator.scaler.state_dict(),
         }
         state.save(
             Path(self.args.output_dir),
@@ -138,7 +143,18 @@ class QatTrainer(Trainer):
         super().log(logs, start_time)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """There is none: bfloat16 and float32 need no loss scaling."""
+        if checkpoint is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state.load_progress(Path(checkpoint))["scaler"])
+
+
+def _keep_precise(model: nn.Module) -> None:
+    """Moments of embeddings stay in 32 bits: their gradients are rare and large."""
+    from bitsandbytes.optim import GlobalOptimManager
+
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            for parameter in module.parameters():
+                GlobalOptimManager.get_instance().override_config(parameter, "optim_bits", 32)
 
 
 class _LossSoFar(TrainerCallback):
@@ -189,6 +205,8 @@ def make_trainer(
         weight_decay=0.0,
         seed=config.seed,
         bf16=precision == "bf16" and deepspeed is None,
+        fp16=precision == "fp16",
+        optim="adamw_bnb_8bit" if config.optimizer == "adamw8bit" else "adamw_torch_fused",
         deepspeed=deepspeed,
         use_cpu=not torch.cuda.is_available() and deepspeed is None,
         ddp_find_unused_parameters=False,
