@@ -31,7 +31,16 @@ from qexport.quantize.gptq import compensate
 from qexport.tensor import QuantizedTensor
 from qexport.train.prepare import Choose, FakeQuantize, prepare
 
-__all__ = ["DONE", "BlockSettings", "Blocks", "load_blocks", "train_blocks"]
+__all__ = [
+    "DONE",
+    "BlockSettings",
+    "Blocks",
+    "block_parameters",
+    "held_out_loss",
+    "load_blocks",
+    "train_blocks",
+    "trained_blocks",
+]
 
 _STREAM = torch.bfloat16
 DONE = "blocks.json"
@@ -78,7 +87,7 @@ class Blocks:
         self._body = self._model.model
         self._layers = list(self._body.layers)
         self._types = getattr(self._model.config, "layer_types", None)
-        self._body.norm = nn.Identity()
+        self._norm, self._body.norm = self._body.norm, nn.Identity()
         self._body.rotary_emb = type(self._body.rotary_emb)(config=self._model.config).to(device)
         self._model.config.num_hidden_layers = 1
         self._model.config.use_cache = False
@@ -125,6 +134,27 @@ class Blocks:
         out: Tensor = self._body(inputs_embeds=hidden, use_cache=False).last_hidden_state
         return out
 
+    def logits(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Of the last block, and of what comes after it [n, length, vocabulary]."""
+        head = self._model.lm_head
+        if self._norm.weight.is_meta:
+            self._fill(self._norm, "model.norm.")
+            tied = "lm_head.weight" not in self._source
+            self._fill(head, "model.embed_tokens." if tied else "lm_head.")
+        self._body.norm = self._norm
+        self._body.layers = nn.ModuleList([block])
+        if self._types is not None:
+            self._model.config.layer_types = [self._types[-1]]
+        out: Tensor = self._model(inputs_embeds=hidden, use_cache=False).logits
+        self._body.norm = nn.Identity()
+        return out
+
+    def _fill(self, module: nn.Module, prefix: str) -> None:
+        module.to_empty(device=self._device)
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.copy_(self._read(prefix + name))
+
     def _read(self, name: str) -> Tensor:
         value = self._source[name]
         if isinstance(value, QuantizedTensor):
@@ -135,17 +165,18 @@ class Blocks:
 class _Stream:
     """Activations [n, length, hidden] in a file that is mapped: what is not used stays on disk."""
 
-    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
-        self._path = path
+    def __init__(
+        self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype = _STREAM
+    ) -> None:
         self._data = torch.from_file(
-            str(path), shared=True, size=math.prod(shape), dtype=_STREAM
+            str(path), shared=True, size=math.prod(shape), dtype=dtype
         ).view(shape)
 
     def read(self, rows: Tensor | slice, device: torch.device) -> Tensor:
         return self._data[rows].to(device).float()
 
     def write(self, rows: slice, values: Tensor) -> None:
-        self._data[rows] = values.to(_STREAM).cpu()
+        self._data[rows] = values.to(self._data.dtype).cpu()
 
 
 def train_blocks(
@@ -206,8 +237,60 @@ def load_blocks(folder: Path, model: nn.Module) -> None:
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for index in range(_done(folder)):
-            for name, value in load_file(folder / f"block-{index}.safetensors").items():
+            for name, value in block_parameters(folder, index).items():
                 parameters[name].copy_(value)
+
+
+def block_parameters(folder: Path, index: int) -> dict[str, Tensor]:
+    """What was trained of a block, by the names of a prepared model; nothing if it was not."""
+    path = folder / f"block-{index}.safetensors"
+    return load_file(path) if index < _done(folder) else {}
+
+
+def trained_blocks(
+    blocks: Blocks, folder: Path, choose: Choose, stored: torch.dtype
+) -> Iterator[tuple[int, nn.Module]]:
+    """Blocks as they were trained, prepared, one at a time."""
+    for index in range(len(blocks)):
+        block, prefix = blocks.make(index), blocks.name(index)
+        prepare(block, partial(_choose, choose, prefix), "paper", stored)
+        found = block_parameters(folder, index).items()
+        block.load_state_dict({name.removeprefix(prefix): value for name, value in found})
+        yield index, block
+        blocks.release(index)
+
+
+@torch.no_grad()
+def held_out_loss(
+    blocks: Blocks,
+    folder: Path,
+    choose: Choose,
+    stored: torch.dtype,
+    inputs: Tensor,
+    labels: Tensor,
+    batch_size: int,
+) -> float:
+    """Mean cross-entropy of trained blocks on windows [n, length]; labels of -100 do not count."""
+    shape = (len(inputs), inputs.shape[1], blocks.embed(inputs[:1, :1]).shape[-1])
+    path = folder / "held-out.bin"
+    hidden = _Stream(path, shape, torch.float32)
+    for rows in _parts(len(inputs), batch_size):
+        hidden.write(rows, blocks.embed(inputs[rows]))
+    blocks.forget_embeddings()
+    total, count = 0.0, 0
+    for index, block in trained_blocks(blocks, folder, choose, stored):
+        device = next(block.parameters()).device
+        for rows in _parts(len(inputs), batch_size):
+            given = hidden.read(rows, device)
+            if index < len(blocks) - 1:
+                hidden.write(rows, blocks.run(index, block, given))
+                continue
+            logits = blocks.logits(block, given)[:, :-1].flatten(0, 1).float()
+            wanted = labels[rows, 1:].flatten().to(device)
+            total += float(nn.functional.cross_entropy(logits, wanted, reduction="sum"))
+            count += int((wanted != -100).sum())
+    path.unlink()
+    return total / max(count, 1)
 
 
 def _done(folder: Path) -> int:

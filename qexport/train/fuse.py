@@ -4,14 +4,12 @@ from collections.abc import Iterable
 
 import torch
 from rich.console import Console
-from torch import nn
 
 from qexport.checkpoint import Modules
 from qexport.errors import UnsupportedError
 from qexport.grid import Scheme
 from qexport.paretoq import Gradient, fake_quantize, initial_alpha
 from qexport.train.config import TrainConfig
-from qexport.train.prepare import FakeQuantize
 
 __all__ = ["fusing", "why_not"]
 
@@ -19,10 +17,8 @@ _ENOUGH = 2e9  # weights times steps, from which on compiling takes less time th
 _TOLERANCE = 1e-5  # of a scale's gradient, a sum that may be taken in another order
 
 
-def fusing(
-    config: TrainConfig, model: nn.Module, modules: Modules, max_steps: int, console: Console
-) -> bool:
-    """Make the quantizers of a prepared `model` fused where that is asked for, or pays.
+def fusing(config: TrainConfig, modules: Modules, max_steps: int, console: Console) -> bool:
+    """Whether quantizers are to be fused: where that is asked for, or pays.
 
     Raises UnsupportedError where it is asked for and cannot be done.
     """
@@ -41,9 +37,6 @@ def fusing(
             raise UnsupportedError(f"--compile: {reason}.")
         console.print(f"quantizers are not compiled: {reason}", highlight=False)
         return False
-    for module in model.modules():
-        if isinstance(module, FakeQuantize):
-            module.fused = True
     return True
 
 

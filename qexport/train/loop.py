@@ -15,19 +15,20 @@ from torch import Tensor, nn
 
 from qexport.checkpoint import Checkpoint, Modules, open_source
 from qexport.errors import CheckpointError, InputError, UnsupportedError
-from qexport.modelling import build_model, load_tokenizer
+from qexport.modelling import build_model, load_tokenizer, meta_model
 from qexport.output import disk_errors, mark
 from qexport.train import state
+from qexport.train.alone import block_results, block_tensors
 from qexport.train.block import load_blocks
 from qexport.train.config import TrainConfig
 from qexport.train.fuse import fusing
 from qexport.train.phases import make_teacher, start_by_blocks
-from qexport.train.prepare import prepare, run_tensors
+from qexport.train.prepare import prepare, quantized_modules, run_tensors
 from qexport.train.progress import ProgressReport
 from qexport.train.ranks import barrier, is_main, join
 from qexport.train.report import write_report
 from qexport.train.run_folder import BLOCKS, claimed, finished, write_run
-from qexport.train.shard import shard
+from qexport.train.shard import load_sharded
 from qexport.train.text import MixedWindows, Text, Windows, load_text
 from qexport.train.trainer import QatTrainer, make_trainer
 
@@ -65,12 +66,13 @@ def train(config: TrainConfig, console: Console, *, dry_run: bool = False) -> di
 class _Job:
     """What a run works with, once everything is checked.
 
-    model, modules   prepared, and what of it is quantized; stored: dtype of the rest
+    plan     the model without its weights, and what of it is quantized
+    stored   dtype of the rest
     """
 
     source: Checkpoint
     text: Text
-    model: Any
+    plan: Any
     modules: Modules
     stored: torch.dtype
     max_steps: int
@@ -85,14 +87,14 @@ def _prepared(config: TrainConfig, source: Checkpoint, console: Console) -> _Job
         max_steps = max(1, len(text.rows) // config.windows_per_step)
     if config.phase == "block":
         max_steps = 0
-    model, stored = _load_model(source)
-    _check_fit(config, model, text.rows.tokens)
-    gradient = config.settings.gradient
-    modules = prepare(model, config.scheme_of, config.scale_init, stored, gradient)
-    config.check_patterns(name for name, _ in model.named_modules())
-    _check_names(source, model, stored)
-    fused = fusing(config, model, modules, max_steps, console)
-    return _Job(source, text, model, modules, stored, max_steps, _precision(config), fused)
+    plan = meta_model(source)
+    _check_fit(config, plan, text.rows.tokens)
+    modules = quantized_modules(plan, config.scheme_of)
+    config.check_patterns(name for name, _ in plan.named_modules())
+    _check_names(source, plan)
+    fused = fusing(config, modules, max_steps, console)
+    stored = _stored(source)
+    return _Job(source, text, plan, modules, stored, max_steps, _precision(config), fused)
 
 
 def _text(config: TrainConfig, console: Console) -> Text:
@@ -118,28 +120,41 @@ def _carry_out(config: TrainConfig, job: _Job, run: Path, console: Console) -> d
                 config, source, job.stored, training, job.precision, job.fused, run, console
             )
         barrier()
-        load_blocks(run / BLOCKS, job.model)
-    if config.shard:
-        shard(job.model, offload=config.offload)
-    report = ProgressReport(console, config.tokens_per_step)
-    trainer = make_trainer(config, job.model, job.text, job.max_steps, job.precision, report)
-    if job.max_steps:
-        if config.settings.distill:
-            trainer.teacher = make_teacher(config, source, trainer, training, run, console)
-        with contextlib.closing(report):
-            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
-    results = _results(trainer, config, job.max_steps, job.text.held_out)
-    tensors = run_tensors(job.model, job.stored)
+    if config.phase == "block":
+        results, history = {}, None
+        if is_main():
+            results = block_results(config, source, job.stored, run, job.text.held_out)
+        tensors = block_tensors(config, source, job.stored, run)
+    else:
+        trainer = _trained(config, job, run, resumed, console)
+        results = _results(trainer, config, job.max_steps, job.text.held_out)
+        tensors, history = run_tensors(trainer.model, job.stored), trainer.state
     if is_main():
-        write_run(run, source, job.modules, tensors, results, trainer.state)
+        write_run(run, source, job.modules, tensors, results, history)
         shown = job.text.rows if job.text.held_out is None else job.text.held_out
         write_report(run, source, results, shown.tokens)
         mark(run, "run", status="finished", settings=config.identity())
         state.drop_checkpoints(run)
-    else:
+    elif config.phase != "block":
         deque(tensors, maxlen=0)  # its part of each
     barrier()
     return results
+
+
+def _trained(
+    config: TrainConfig, job: _Job, run: Path, resumed: Path | None, console: Console
+) -> QatTrainer:
+    """The steps end to end."""
+    model = _load_model(config, job, run)
+    report = ProgressReport(console, config.tokens_per_step)
+    trainer = make_trainer(config, model, job.text, job.max_steps, job.precision, report)
+    if job.max_steps:
+        if config.settings.distill:
+            training = job.text.rows.tokens
+            trainer.teacher = make_teacher(config, job.source, trainer, training, run, console)
+        with contextlib.closing(report):
+            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    return trainer
 
 
 def _dense_source(folder: Path) -> Checkpoint:
@@ -149,15 +164,26 @@ def _dense_source(folder: Path) -> Checkpoint:
     return source
 
 
-def _load_model(source: Checkpoint) -> tuple[Any, torch.dtype]:
-    """The fp32 model and the dtype in which its unquantized parameters will be stored."""
+def _load_model(config: TrainConfig, job: _Job, run: Path) -> Any:
+    """The prepared model, with the blocks that have been trained."""
+    if config.shard:
+        return load_sharded(config, job.source, job.stored, run / BLOCKS, fused=job.fused)
+    source = job.source
     model = build_model(source, torch.float32, lambda name: source.dense(name).float())
     model.config.use_cache = False
+    gradient = config.settings.gradient
+    prepare(model, config.scheme_of, config.scale_init, job.stored, gradient, job.fused)
+    load_blocks(run / BLOCKS, model)
+    return model
+
+
+def _stored(source: Checkpoint) -> torch.dtype:
+    """The dtype in which unquantized parameters will be stored."""
     name = source.config.get("dtype") or source.config.get("torch_dtype") or "float32"
     stored = getattr(torch, str(name), torch.float32)
     if not isinstance(stored, torch.dtype) or not stored.is_floating_point:
         raise CheckpointError(f"{source.folder}/config.json: dtype {name!r} is no float dtype.")
-    return model, stored
+    return stored
 
 
 def _check_fit(config: TrainConfig, model: Any, training: Tensor) -> None:
@@ -169,11 +195,13 @@ def _check_fit(config: TrainConfig, model: Any, training: Tensor) -> None:
         raise InputError(f"--max-length {config.max_length} is beyond the context of {context}.")
 
 
-def _check_names(source: Checkpoint, model: nn.Module, stored: torch.dtype) -> None:
+def _check_names(source: Checkpoint, plan: nn.Module) -> None:
     """Raise CheckpointError unless the RUN would have exactly the source's tensors."""
-    mine = {name for name, _ in run_tensors(model, stored) if not name.endswith("_scale")}
-    tied = {"lm_head.weight"}
-    odd = sorted((set(source) ^ mine) - tied)
+    mine = {name for name, _ in plan.named_parameters()}  # of those that are tied, the first
+    lacking = sorted(mine - set(source))
+    if lacking:
+        raise CheckpointError(f"{source.folder} lacks {lacking[0]}; the checkpoint is not whole.")
+    odd = sorted(set(source) - mine - {"lm_head.weight"})
     if odd:
         raise CheckpointError(
             f"{source.folder}: transformers renames or drops {odd[0]} of this architecture, so "
@@ -197,10 +225,10 @@ def _precision(config: TrainConfig) -> str:
 
 
 def _announce(console: Console, config: TrainConfig, job: _Job) -> None:
-    model, max_steps, training = job.model, job.max_steps, job.text.rows.tokens
-    trainable = sum(p.numel() for p in model.parameters())
-    alphas = sum(p.numel() for name, p in model.named_parameters() if name.endswith(".alpha"))
-    largest = max(p.numel() for p in model.parameters())
+    max_steps, training = job.max_steps, job.text.rows.tokens
+    alphas = sum(out * scheme.groups(inputs) for scheme, (out, inputs) in job.modules.values())
+    trainable = sum(p.numel() for p in job.plan.parameters()) + alphas
+    largest = max(p.numel() for p in job.plan.parameters())
     # Master, gradient and two moments in fp32; served values and codes kept for the backward pass.
     memory = trainable * 16 + trainable * 5 + largest * 8
     what = "dense" if config.scheme is None else str(config.scheme)

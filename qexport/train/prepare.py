@@ -18,7 +18,15 @@ from qexport.grid import Scheme
 from qexport.paretoq import Gradient, effective_scale, fake_quantize, initial_alpha
 from qexport.train.ranks import whole
 
-__all__ = ["Choose", "FakeQuantize", "StoredAs", "prepare", "run_tensors"]
+__all__ = [
+    "Choose",
+    "FakeQuantize",
+    "StoredAs",
+    "prepare",
+    "quantized_modules",
+    "run_tensors",
+    "store",
+]
 
 Choose = Callable[[str], Scheme | None]  # by a layer's name
 
@@ -74,19 +82,11 @@ class _Round(torch.autograd.Function):
         return grad, None
 
 
-def prepare(
-    model: nn.Module,
-    choose: Choose,
-    scale_init: Literal["paper", "mse"],
-    stored: torch.dtype,
-    gradient: Gradient = "paper",
-    fused: bool = False,
-) -> Modules:
-    """Parametrize an fp32 `model` in place; returns scheme and shape of every quantized module.
+def quantized_modules(model: nn.Module, choose: Choose) -> Modules:
+    """Scheme and shape of what is quantized of a `model`, which may be without its weights.
 
-    The linear layers q, k, v, o, gate, up and down are quantized, each on the scheme that `choose`
-    gives for its name. Those for which it gives None, embeddings, head, norms and biases are
-    trained and read as `stored`. `gradient` and `fused` are those of `fake_quantize`.
+    The linear layers q, k, v, o, gate, up and down are, each on the scheme that `choose` gives for
+    its name; not those for which it gives None, nor embeddings, head, norms and biases.
 
     Raises InputError where the group size does not divide a layer's inputs, CheckpointError where
     the model has matrices that are none of these.
@@ -97,17 +97,38 @@ def prepare(
         if scheme is not None:
             _check_group(name, layer, scheme)
             modules[name] = scheme, (layer.out_features, layer.in_features)
+    return modules
+
+
+def prepare(
+    model: nn.Module,
+    choose: Choose,
+    scale_init: Literal["paper", "mse"],
+    stored: torch.dtype,
+    gradient: Gradient = "paper",
+    fused: bool = False,
+) -> Modules:
+    """Parametrize an fp32 `model` in place; returns its `quantized_modules`, and raises as they do.
+
+    What is not quantized is trained and read as `stored`. `gradient` and `fused` are those of
+    `fake_quantize`.
+    """
+    modules = quantized_modules(model, choose)
     for name, module in list(model.named_modules()):
         for parameter, value in list(module.named_parameters(recurse=False)):
             if name in modules and parameter == "weight":
                 scheme = modules[name][0]
                 reader: nn.Module = FakeQuantize(value, scheme, scale_init, gradient, fused)
-            elif stored != torch.float32:
-                reader = StoredAs(stored)
+                parametrize.register_parametrization(module, parameter, reader, unsafe=True)
             else:
-                continue
-            parametrize.register_parametrization(module, parameter, reader, unsafe=True)
+                store(module, parameter, stored)
     return modules
+
+
+def store(module: nn.Module, parameter: str, stored: torch.dtype) -> None:
+    """Have a parameter read as what is stored of it."""
+    if stored != torch.float32:
+        parametrize.register_parametrization(module, parameter, StoredAs(stored), unsafe=True)
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Linear]:

@@ -1,28 +1,74 @@
 """FSDP2: weights, gradients and moments are spread over all processes, block by block."""
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
+from qexport.checkpoint import Checkpoint
+from qexport.modelling import meta_model
+from qexport.train.block import Blocks, block_parameters
+from qexport.train.config import TrainConfig
+from qexport.train.prepare import prepare, store
 from qexport.train.ranks import world_size
 
-__all__ = ["shard"]
+__all__ = ["load_sharded"]
 
 
-def shard(model: Any, *, offload: bool) -> None:
-    """Spread a prepared `model` in place; every process has loaded the same one.
+def load_sharded(
+    config: TrainConfig, source: Checkpoint, stored: torch.dtype, blocks: Path, *, fused: bool
+) -> Any:
+    """A prepared model that is spread over all processes, with the blocks that are trained already.
 
-    Masters are what is spread: a block's are gathered when it runs, and quantized there, whole.
-
-    offload   keeps each process's part in its host's memory between uses
+    No process ever holds it whole: each reads one block, keeps its part of it, and goes on. Masters
+    are what is spread: a block's are gathered when it runs, and quantized there, whole. With
+    `offload`, parts stay in their host's memory between uses.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    mesh = init_device_mesh(device, (world_size(),))
-    policy = CPUOffloadPolicy() if offload else OffloadPolicy()
-    for block in model.model.layers:
-        fully_shard(block, mesh=mesh, offload_policy=policy)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    mesh = init_device_mesh(device.type, (world_size(),))
+    policy = CPUOffloadPolicy() if config.offload else OffloadPolicy()
+    model = meta_model(source)
+    model.config.use_cache = False
+    body = model.model
+    body.rotary_emb = type(body.rotary_emb)(config=model.config).to(device)
+    makers = Blocks(source, torch.float32, device)
+    for index in range(len(makers)):
+        made, prefix = makers.make(index), makers.name(index)
+        choose = partial(_named, config, prefix)
+        prepare(made, choose, config.scale_init, stored, config.settings.gradient, fused)
+        trained = block_parameters(blocks, index).items()
+        if trained:
+            made.load_state_dict({name.removeprefix(prefix): value for name, value in trained})
+        fully_shard(made, mesh=mesh, offload_policy=policy)
+        body.layers[index] = made
+    _fill_rest(model, source, stored, device)
     fully_shard(model, mesh=mesh, offload_policy=policy)
     # transformers' Trainer then leaves placement and gradients alone, instead of wrapping it in DDP
     model._is_distributed_loading_by_transformers = True
+    return model
+
+
+def _named(config: TrainConfig, prefix: str, name: str) -> Any:
+    return config.scheme_of(prefix + name)
+
+
+def _fill_rest(model: Any, source: Checkpoint, stored: torch.dtype, device: torch.device) -> None:
+    """Embeddings, the last norm and the head, which may be the embeddings again."""
+    places = {"model.embed_tokens": model.model.embed_tokens, "model.norm": model.model.norm}
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    if not tied:
+        places["lm_head"] = model.lm_head
+    for prefix, module in places.items():
+        module.to_empty(device=device)
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.copy_(source.dense(f"{prefix}.{name}").float())
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+        places["lm_head"] = model.lm_head
+    for module in places.values():
+        for name, _ in list(module.named_parameters(recurse=False)):
+            store(module, name, stored)

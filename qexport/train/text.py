@@ -13,9 +13,9 @@ from qexport.errors import DataError
 from qexport.train.config import TrainConfig
 from qexport.train.tokens import Request, Tokens, tokens_of
 
-__all__ = ["MixedWindows", "Text", "Windows", "load_text"]
+__all__ = ["IGNORED", "MixedWindows", "Text", "Windows", "load_text"]
 
-_IGNORED = -100  # a label that is no target
+IGNORED = -100  # a label that is no target
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class MixedWindows(Dataset[dict[str, Tensor]]):
         row = self._rows.tokens[window].long()
         labels = row
         if self._rows.targets is not None:
-            labels = row.masked_fill(~self._rows.targets[window], _IGNORED)
+            labels = row.masked_fill(~self._rows.targets[window], IGNORED)
         return {"input_ids": row, "labels": labels, "window": torch.tensor(window)}
 
     def window(self, index: int) -> int:
