@@ -31,7 +31,7 @@ from qexport.runtime.loader import open_model
 from qexport.train import TrainConfig, train
 
 NAME = "accuracy-smollm2"
-WIDTHS = ("2", "3", "4", "1.58", "1")
+WIDTHS = ("3", "4", "1.58", "1", "2")
 WINDOW = 256
 BATCH = 8
 TOKENS = {"train": 200_000, "eval": 20_000}  # that the model writes

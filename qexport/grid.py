@@ -17,6 +17,7 @@ __all__ = [
     "INT6",
     "INT8",
     "SEQ2",
+    "SUPER_BLOCKS",
     "TERNARY",
     "UINT2",
     "UINT3",
@@ -24,6 +25,7 @@ __all__ = [
     "UINT8",
     "Grid",
     "Scheme",
+    "SuperBlock",
     "dtype_name",
 ]
 
@@ -94,6 +96,32 @@ GRIDS = {
 }
 
 
+@dataclass(frozen=True)
+class SuperBlock:
+    """Scales that share one: in every `size` inputs, `scale = d * factor`, a factor for a group.
+
+    `factor` is a whole number from 1 to `most`; `d` has `digits` significant bits, so that the
+    product has at most eight and is portable (see `qexport.tensor.portable`). What a K-quant of
+    GGUF can hold, in other words.
+    """
+
+    name: str
+    grid: Grid
+    size: int
+    group_size: int
+    most: int
+    digits: int
+
+
+SUPER_BLOCKS = {
+    block.name: block
+    for block in (
+        SuperBlock("Q2_K", SEQ2, 256, 16, 15, 4),
+        SuperBlock("Q3_K", INT3, 256, 16, 31, 3),
+    )
+}
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """`float16` for torch.float16."""
     return str(dtype).removeprefix("torch.")
@@ -108,12 +136,13 @@ class Scheme:
 
     `group_size` consecutive inputs share a scale; None is one scale per output channel.
     `scale_dtype` is the dtype that scales are stored in; float16 scales made by this project are
-    also exact in bfloat16 (see `qexport.tensor.portable`).
+    also exact in bfloat16 (see `qexport.tensor.portable`). With a `super_block`, they share one.
     """
 
     grid: Grid
     group_size: int | None = None
     scale_dtype: torch.dtype = torch.float16
+    super_block: SuperBlock | None = None
 
     @property
     def symmetric(self) -> bool:
@@ -125,6 +154,8 @@ class Scheme:
             return 1
         if in_features % self.group_size:
             raise ValueError(f"group size {self.group_size} does not divide {in_features}")
+        if self.super_block is not None and in_features % self.super_block.size:
+            raise ValueError(f"super-blocks of {self.super_block.size} do not fit {in_features}")
         return in_features // self.group_size
 
     def bits_per_weight(self, in_features: int) -> float:
@@ -134,6 +165,7 @@ class Scheme:
 
     def to_json(self) -> dict[str, Any]:
         """The scheme as it stands in config.json; grid constants are spelled out for readers."""
+        shared = {} if self.super_block is None else {"super_block": self.super_block.name}
         return {
             "grid": self.grid.name,
             "bits": self.grid.bits,
@@ -141,6 +173,7 @@ class Scheme:
             "zero_point": self.grid.zero,
             "group_size": self.group_size,
             "scale_dtype": dtype_name(self.scale_dtype),
+            **shared,
         }
 
     @classmethod
@@ -149,8 +182,14 @@ class Scheme:
         grid = GRIDS.get(str(value.get("grid")))
         dtype = _DTYPES.get(str(value.get("scale_dtype")))
         group = value.get("group_size")
+        name = value.get("super_block")
+        shared = SUPER_BLOCKS.get(str(name))
+        if (shared is None) != (name is None) or (
+            shared is not None and (shared.grid, shared.group_size) != (grid, group)
+        ):
+            grid = None
         spelled = {"bits", "levels", "zero_point"} & set(value)
-        scheme = cls(grid, group, dtype) if grid and dtype and _valid_group(group) else None
+        scheme = cls(grid, group, dtype, shared) if grid and dtype and _valid_group(group) else None
         if scheme is None or any(value[key] != scheme.to_json()[key] for key in spelled):
             raise CheckpointError(
                 f"the quantization scheme {value} is not one this version knows; "
@@ -162,7 +201,8 @@ class Scheme:
     def label(self) -> str:
         """Grid and groups: `seq2 g64`."""
         group = "per channel" if self.group_size is None else f"g{self.group_size}"
-        return f"{self.grid.name} {group}"
+        shared = "" if self.super_block is None else f" {self.super_block.name}"
+        return f"{self.grid.name} {group}{shared}"
 
     def __str__(self) -> str:
         return f"{self.label}, {dtype_name(self.scale_dtype)} scales"

@@ -17,7 +17,7 @@ pulls alpha with its own level 2/3 instead of 1, and every group has an initial 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 from qexport.errors import CheckpointError
 from qexport.fused import compiled
 from qexport.grid import BINARY, INT3, INT4, SEQ2, TERNARY, Grid, Scheme
-from qexport.tensor import QuantizedTensor, portable, quantize
+from qexport.tensor import QuantizedTensor, portable, quantize, shared
 
 Gradient = Literal["paper", "stable"]
 
@@ -82,9 +82,11 @@ def effective_scale(alpha: Tensor, scheme: Scheme) -> Tensor:
     """The float32 scale [out, groups] that `alpha` [out, groups] trains with and is stored as.
 
     The step is folded in first; the product is then rounded to a portable value unless the scheme
-    stores float32 scales, the paper's own arithmetic.
+    stores float32 scales, the paper's own arithmetic, or to what its super-blocks can hold.
     """
     scale = alpha.clamp(min=_SMALLEST_ALPHA) * width_of(scheme).step
+    if scheme.super_block is not None:
+        return shared(scale, scheme.super_block)
     return scale if scheme.scale_dtype == torch.float32 else portable(scale)
 
 
@@ -202,6 +204,7 @@ def initial_alpha(
     largest = grouped.abs().amax(-1) / {"3": 3.0, "4": 7.0}.get(width.bits, 1.0)
     if rule == "paper":
         return largest
+    scheme = replace(scheme, super_block=None)  # scales that it ties are searched one by one
     rows = max(1, _SEARCH_CHUNK // inputs)
     parts = zip(torch.split(weight, rows), torch.split(largest, rows), strict=True)
     return torch.cat([_least_squares_alpha(part, top, scheme, importance) for part, top in parts])

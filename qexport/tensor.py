@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qexport.grid import Grid, Scheme
+from qexport.grid import Grid, Scheme, SuperBlock
 
-__all__ = ["QuantizedTensor", "portable", "quantize"]
+__all__ = ["QuantizedTensor", "factors", "portable", "quantize", "shared"]
 
 _LARGEST_PORTABLE = 65280.0  # 255 * 2**8, the largest 8-bit significand below fp16's maximum
 
@@ -100,6 +100,42 @@ def portable(scale: Tensor) -> Tensor:
     steps = (scale * 2.0**23).round() / 2.0**23
     rounded = torch.where(scale < 2.0**-16, steps, scale.to(torch.bfloat16).to(torch.float32))
     return rounded.clamp(2.0**-23, _LARGEST_PORTABLE)
+
+
+def shared(scale: Tensor, block: SuperBlock) -> Tensor:
+    """Round positive float32 scales [out, groups] to what super-blocks can hold.
+
+    A super-block's `d` is that of its largest scale's nearest factor of `most`; each scale becomes
+    the nearest multiple of it, but never nothing.
+    """
+    out, groups = scale.shape
+    grouped = scale.view(out, -1, block.size // block.group_size)
+    digits, exponent = torch.frexp(grouped.amax(-1, keepdim=True) / block.most)
+    rounded = (digits * 2.0**block.digits).round() / 2.0**block.digits
+    d = torch.ldexp(rounded, exponent)
+    d = ((d * 2.0**23).round() / 2.0**23).clamp(2.0**-23, 2.0**11)
+    return ((grouped / d).round().clamp(1, block.most) * d).view(out, groups)
+
+
+def factors(scales: Tensor, block: SuperBlock) -> tuple[Tensor, Tensor]:
+    """Float32 d [...] and int64 factors [..., groups] whose products are `scales` [..., groups].
+
+    Raises ValueError where there are none: other scales than `shared` makes.
+    """
+    grouped = scales.float()
+    least = grouped.amin(-1, keepdim=True)
+    d, found = torch.zeros_like(least), torch.zeros_like(grouped)
+    for factor in range(block.most, 0, -1):
+        candidate = least / factor
+        ratio = grouped / candidate
+        fits = (ratio == ratio.round()) & (ratio <= block.most) & (ratio * candidate == grouped)
+        halves = torch.cat((candidate, 1.5 * candidate), dim=-1)  # the latter is SEQ's minimum
+        exact = (halves.half().float() == halves).all(-1, keepdim=True)
+        holds = fits.all(-1, keepdim=True) & exact
+        d, found = torch.where(holds, candidate, d), torch.where(holds, ratio, found)
+    if bool((d == 0).any()):
+        raise ValueError(f"scales of a super-block are no multiples that {block.name} can hold")
+    return d.squeeze(-1), found.long()
 
 
 def quantize(weight: Tensor, scale: Tensor, scheme: Scheme) -> QuantizedTensor:

@@ -24,11 +24,13 @@ from qexport.grid import (
     INT6,
     INT8,
     SEQ2,
+    SUPER_BLOCKS,
     TERNARY,
     UINT2,
     UINT4,
     Grid,
 )
+from qexport.tensor import factors
 
 __all__ = ["BLOCKS", "BY_ID", "Q6_K", "Block", "Decoded"]
 
@@ -287,7 +289,8 @@ class Q2_K(Block):
     """Sub-blocks of 16 with a 4-bit scale and a 4-bit minimum of two float16 each.
 
     SEQ goes in with d = dmin = s/2, scale 2 and minimum 3: (s/2)(2q - 3). Whole zero points go in
-    with d = dmin = s, scale 1 and the zero point as minimum.
+    with d = dmin = s, scale 1 and the zero point as minimum. Scales [out, blocks, 16] that share
+    one go in as its multiples, with dmin = 1.5 d.
     """
 
     name, id, file_type, size, bytes, sub = "Q2_K", 10, 10, 256, 84, 16
@@ -295,12 +298,16 @@ class Q2_K(Block):
 
     def encode(self, grid: Grid, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
         _no_negative(scales)
+        stream = _planes(codes.reshape(*codes.shape[:2], 2, 4, 32), 2).flatten(-2)
+        if scales.dim() == 3:
+            d, each = factors(scales, SUPER_BLOCKS["Q2_K"])
+            both = (each << 4 | each).to(torch.uint8)
+            return torch.cat((both, stream, _halves(d), _halves(d * 1.5)), dim=-1)
         step, minima = scales, _filled(codes, 0x21, 16)
         if grid == SEQ2:
             step, minima = _half(scales), _filled(codes, 0x32, 16)
         elif zeros is not None:
             minima = (zeros << 4 | 1).unsqueeze(-1).expand(*codes.shape[:2], 16)
-        stream = _planes(codes.reshape(*codes.shape[:2], 2, 4, 32), 2).flatten(-2)
         return torch.cat((minima, stream, _halves(step), _halves(step)), dim=-1)
 
     def decode(self, raw: Tensor) -> Decoded:
@@ -312,7 +319,10 @@ class Q2_K(Block):
 
 
 class Q3_K(Block):
-    """Sub-blocks of 16 with a 6-bit scale about 32 of one float16; 33 is a factor of one."""
+    """Sub-blocks of 16 with a 6-bit scale about 32 of one float16; 33 is a factor of one.
+
+    Scales [out, blocks, 16] that share one go in as its multiples.
+    """
 
     name, id, file_type, size, bytes, sub = "Q3_K", 11, 11, 256, 110, 16
     holds, natural = (INT3,), INT3
@@ -321,6 +331,15 @@ class Q3_K(Block):
         shape = codes.shape[:2]
         high = _planes((codes >> 2).view(*shape, 8, 32), 1)
         low = _planes((codes & 3).view(*shape, 2, 4, 32), 2).flatten(-2)
+        if scales.dim() == 3:
+            d, each = factors(scales, SUPER_BLOCKS["Q3_K"])
+            each = (each + 32).to(torch.uint8)
+            nibbles = each[..., :8] & 15 | (each[..., 8:] & 15) << 4
+            tops = (each >> 4).view(*shape, 4, 4)
+            tops = (
+                tops[..., 0, :] | tops[..., 1, :] << 2 | tops[..., 2, :] << 4 | tops[..., 3, :] << 6
+            )
+            return torch.cat((high, low, nibbles, tops, _halves(d)), dim=-1)
         ones = torch.cat((_filled(codes, 0x11, 8), _filled(codes, 0xAA, 4)), dim=-1)
         return torch.cat((high, low, ones, _halves(scales)), dim=-1)
 

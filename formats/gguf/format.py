@@ -84,7 +84,7 @@ class Gguf(Format):
             for grid in block.holds
             if options.block in (None, block.name)
             and options.bits in (None, block.width)
-            and group % block.size == 0
+            and (group % block.size == 0 or _shares(scheme, block))
             and scheme.grid.factor_into(grid)
         ]
         if not fitting and options.allow_lossy and options.block == "Q4_1":
@@ -92,7 +92,8 @@ class Gguf(Format):
         if not fitting:
             return Verdict(None, reason=_no_block(scheme, group, options))
         block, grid, bound = fitting[0]
-        holder = Scheme(grid, scheme.group_size, torch.float16)
+        kept = scheme.super_block if _shares(scheme, block) else None
+        holder = Scheme(grid, scheme.group_size, torch.float16, kept)
         return Verdict(holder, block.name, None, block.bits_per_weight, bound)
 
     def layout(self, source: Checkpoint, plan: Plan, options: Options) -> Layout:
@@ -339,17 +340,25 @@ def _encode(
 def _encode_blocks(block: Block, tensor: QuantizedTensor) -> Tensor:
     out, inputs = tensor.shape
     blocks = inputs // block.size
-    per_group = blocks // tensor.scales.shape[1]
+    shares = _shares(tensor.scheme, block)
+    per_group = 1 if shares else blocks // tensor.scales.shape[1]
     data = torch.empty(out, blocks, block.bytes, dtype=torch.uint8)
     step = max(1, ROWS // inputs)
     for first in range(0, out, step):
         part = slice(first, first + step)
         scales = tensor.scales[part].repeat_interleave(per_group, 1)
+        if shares:
+            scales = scales.view(scales.shape[0], blocks, -1)
         zeros = None if tensor.zeros is None else tensor.zeros[part]
         spread = None if zeros is None else zeros.repeat_interleave(per_group, 1)
         codes = tensor.codes[part].view(-1, blocks, block.size)
         data[part] = block.encode(tensor.scheme.grid, codes, scales, spread)
     return data
+
+
+def _shares(scheme: Scheme, block: Block) -> bool:
+    """Whether a block holds scales of a scheme as multiples of one."""
+    return scheme.super_block is not None and scheme.super_block.name == block.name
 
 
 def _reopen(rows: Rows, folder: Path) -> ReadBack:

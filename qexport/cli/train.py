@@ -39,6 +39,11 @@ class _TrainCommand(Command):
     help="Width of a weight; 16 is a dense fine-tuning, by which to judge the others.",
 )
 @click.option("--group-size", default=-1, help="Inputs that share a scale; -1 is per channel.")
+@click.option(
+    "--target",
+    metavar="gguf:BLOCK",
+    help="gguf:Q2_K or gguf:Q3_K: train on what that block holds exactly; sets bits and groups.",
+)
 @click.option("--include", multiple=True, metavar="PATTERN", help="Quantize these layers alone.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave these dense: '*.o_proj'.")
 @click.option(
@@ -129,6 +134,8 @@ def command(model: str | None, smoke: bool, dry_run: bool, as_json: bool, **opti
     if smoke:
         _smoke(as_json)
         return
+    if options["target"] and not options["bits"]:
+        options["bits"] = {"gguf:Q2_K": "2", "gguf:Q3_K": "3"}.get(options["target"], "2")
     for name, value in (("MODEL", model), *((f"--{n}", options[n]) for n in _REQUIRED)):
         if not value:
             raise click.UsageError(f"Missing {name}.", click.get_current_context())

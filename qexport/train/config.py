@@ -11,14 +11,15 @@ from typing import Any, Literal
 import torch
 
 from qexport.errors import InputError
-from qexport.grid import Scheme
+from qexport.grid import SUPER_BLOCKS, Scheme
 from qexport.paretoq import WIDTHS, Gradient
 from qexport.train.ranks import world_size
 from qexport.train.recipe import RECIPES, Recipe
 
-__all__ = ["TrainConfig"]
+__all__ = ["TARGETS", "TrainConfig"]
 
 DENSE = "16"
+TARGETS = {f"gguf:{name}": block for name, block in SUPER_BLOCKS.items()}
 
 # Not part of what the run computes: changing these between a kill and a resume is harmless.
 # So is how a step's windows are shared out: what counts is how many tokens it has.
@@ -37,6 +38,8 @@ class TrainConfig:
                            of SOURCE=WEIGHT or else by their sizes
     bits                   "1", "1.58", "2", "3" or "4"; "16" is a dense fine-tuning, by which to
                            judge the others; group_size None is per channel
+    target                 name in TARGETS: a block of GGUF that is to hold the layers exactly,
+                           which says their groups, and how scales are tied
     include, exclude       patterns of the names of layers that are quantized, and that are not
     module_bits            "PATTERN=BITS" or "PATTERN=BITS:GROUP" for layers with a width of their
                            own; the first one that fits counts
@@ -61,6 +64,7 @@ class TrainConfig:
     output: Path
     bits: str
     group_size: int | None = None
+    target: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     module_bits: tuple[str, ...] = ()
@@ -107,6 +111,8 @@ class TrainConfig:
             raise InputError(f"--bits {self.bits} is not a width; choose 1, 1.58, 2, 3, 4 or 16.")
         if self.group_size is not None and self.group_size < 1:
             raise InputError(f"--group-size {self.group_size} is not a group; use -1 per channel.")
+        if self.target is not None:
+            self._check_target(self.target)
         if self.max_steps is not None and self.max_steps < 0:
             raise InputError(f"--max-steps {self.max_steps} is negative.")
         for rule in self.module_bits:
@@ -156,10 +162,26 @@ class TrainConfig:
                 option = name.replace("_", "-")
                 raise InputError(f"--{option} {getattr(self, name)} is less than {smallest}.")
 
+    def _check_target(self, target: str) -> None:
+        block = TARGETS.get(target)
+        if block is None:
+            raise InputError(f"there is no --target {target}; there are {', '.join(TARGETS)}.")
+        if self.bits == DENSE or WIDTHS[self.bits].grid != block.grid:
+            raise InputError(f"--target {target} is of {block.grid.bits} bits, not {self.bits}.")
+        if self.group_size not in (None, block.group_size) or self.scale_dtype != "portable":
+            raise InputError(
+                f"--target {target} has groups of {block.group_size} and portable scales; leave "
+                "--group-size and --scale-dtype out."
+            )
+
     @property
     def scheme(self) -> Scheme | None:
         """Of layers without a rule of their own; None where nothing is quantized."""
-        return self._scheme(self.bits, self.group_size)
+        found = self._scheme(self.bits, self.group_size)
+        if self.target is None or found is None:
+            return found
+        block = TARGETS[self.target]
+        return replace(found, group_size=block.group_size, super_block=block)
 
     def _scheme(self, bits: str, group_size: int | None) -> Scheme | None:
         if bits == DENSE:

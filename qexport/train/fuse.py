@@ -46,7 +46,7 @@ def why_not(schemes: Iterable[Scheme], gradient: Gradient, device: torch.device)
     They have to work here, and to give the same values bit by bit, ties and all.
     """
     for scheme in schemes:
-        inputs = 2 * (scheme.group_size or 64)
+        inputs = 2 * (scheme.super_block.size if scheme.super_block else scheme.group_size or 64)
         dice = torch.Generator().manual_seed(0)
         weight = torch.randn(64, inputs, generator=dice).to(device)
         alpha = initial_alpha(weight, scheme, "mse")

@@ -192,6 +192,12 @@ def _check_group(name: str, layer: nn.Linear, scheme: Scheme) -> None:
     try:
         scheme.groups(layer.in_features)
     except ValueError:
+        if scheme.super_block is not None:
+            raise InputError(
+                f"{scheme.super_block.name} wants multiples of {scheme.super_block.size} inputs, "
+                f"and {name} has {layer.in_features}; give it --module-bits of its own, or leave "
+                "it out by --exclude."
+            ) from None
         sizes = [g for g in (16, 32, 64, 128, 256) if layer.in_features % g == 0]
         raise InputError(
             f"--group-size {scheme.group_size} does not divide the {layer.in_features} inputs of "

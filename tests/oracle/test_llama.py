@@ -94,17 +94,24 @@ def in_llama_cpp(source: Checkpoint, block: str, scratch: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "blocks"),
+    ("bits", "blocks", "target"),
     [
-        ("1", ["Q1_0"]),
-        ("1.58", ["TQ1_0", "TQ2_0"]),
-        ("2", ["Q2_K"]),
-        ("3", ["Q3_K"]),
-        ("4", ["Q4_1", "Q5_K", "Q6_K"]),
+        ("1", ["Q1_0"], None),
+        ("1.58", ["TQ1_0", "TQ2_0"], None),
+        ("2", ["Q2_K"], None),
+        ("3", ["Q3_K"], None),
+        ("4", ["Q4_1", "Q5_K", "Q6_K"], None),
+        ("2", ["Q2_K"], "gguf:Q2_K"),
+        ("3", ["Q3_K"], "gguf:Q3_K"),
     ],
 )
-def test_wide_types_in_llama_cpp(tmp_path: Path, bits: str, blocks: list[str]) -> None:
-    """A model of widths that 256 divides, trained at its width, with a head of its own."""
+def test_wide_types_in_llama_cpp(
+    tmp_path: Path, bits: str, blocks: list[str], target: str | None
+) -> None:
+    """A model of widths that 256 divides, trained at its width, with a head of its own.
+
+    Per channel; or with the scales of 16 weights that a block has, where it is trained for that.
+    """
     model = write_tiny_model(
         tmp_path / "model",
         hidden_size=256,
@@ -122,6 +129,7 @@ def test_wide_types_in_llama_cpp(tmp_path: Path, bits: str, blocks: list[str]) -
         max_length=128,
         lr=3e-3,
         precision="fp32",
+        target=target,
     )
     train(settings, Console(quiet=True))
     source = open_checkpoint(tmp_path / "run")
