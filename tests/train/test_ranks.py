@@ -134,6 +134,16 @@ def test_one_process_goes_on_where_two_of_deepspeed_were_killed(
     assert losses(run) == pytest.approx(losses(alone), abs=1e-3)
 
 
+def test_the_example_for_accelerate_is_one_that_it_takes() -> None:
+    """Read by accelerate itself; it starts several processes on GPUs alone, and there is none."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    example = Path(__file__).parent.parent.parent / "examples" / "accelerate-ddp.yaml"
+    found = load_config_from_file(str(example))
+    assert (found.distributed_type.value, found.num_processes) == ("MULTI_GPU", 8)
+    assert found.mixed_precision == "no"
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
