@@ -22,6 +22,7 @@ from qexport.train.block import Blocks
 __all__ = ["report", "write_report"]
 
 _WINDOWS, _LONGEST = 2, 256  # of held-out text, for errors of outputs
+_BINS, _BARS = 16, "▁▂▃▄▅▆▇█"
 _SAMPLE = 1 << 18  # weights of a layer that are looked at
 
 
@@ -74,9 +75,23 @@ def _layer(found: QuantizedTensor, dense: Checkpoint, name: str) -> dict[str, An
         "scheme": scheme.label,
         "codes": (counts / counts.sum()).tolist(),
         "scales": [float(scales.min()), float(scales.median()), float(scales.max())],
+        "scale_histogram": _histogram(scales),
         "changed": float((rounded != found.codes).float().mean()),
         "weight_error": float((found.dequantize() - before).norm() / before.norm()),
     }
+
+
+def _histogram(scales: Tensor) -> list[int]:
+    """How many scales are in each of equal parts of their range, on a logarithmic axis."""
+    logs = scales.abs().clamp(min=torch.finfo(torch.float32).tiny).log2().flatten()
+    counts: list[int] = torch.histc(logs, _BINS).int().tolist()
+    return counts
+
+
+def _bars(counts: list[float]) -> str:
+    """A histogram in one line of text."""
+    highest = max(*counts, 1e-9)
+    return "".join(_BARS[round(count / highest * (len(_BARS) - 1))] for count in counts)
 
 
 @torch.no_grad()
@@ -124,22 +139,24 @@ def _page(found: dict[str, Any]) -> Page:
         line.append((len(line) + 1, layer["scales"][1]))
     if kinds:
         charts.append(line_chart("Median scales", "block", "scale", kinds, linear="x"))
-    headings = ("layer", "scheme", "codes, %", "least scale", "median", "largest", "changed, %")
+    headings = ("layer", "scheme", "codes", "codes, %", "scales", "least", "median", "largest")
     rows = [
         [
-            *(layer["layer"], layer["scheme"]),
+            *(layer["layer"], layer["scheme"], _bars(layer["codes"])),
             " ".join(f"{100 * share:.0f}" for share in layer["codes"]),
+            _bars(layer["scale_histogram"]),
             *layer["scales"],
             *(100 * layer["changed"], 100 * layer["weight_error"]),
         ]
         for layer in layers
     ]
     notes = [
-        "Codes: how many weights have each, lowest first (of some rows, in large layers). Changed: "
+        "Codes: how many weights have each, lowest first (of some rows, in large layers). Scales: "
+        "how many lie in each sixteenth of their range, on a logarithmic axis. Changed: "
         "codes that differ from those of the dense weights rounded by the same scales. Errors are "
         "of norms: of a layer's weights, and of what comes out of a block on held-out text, both "
         "models on their own activations; "
         f"the median block's is {statistics.median(found['block_errors'] or [0.0]):.1%}.",
     ]
-    table = Table("Layers", (*headings, "weight error, %"), rows)
+    table = Table("Layers", (*headings, "changed, %", "weight error, %"), rows)
     return Page("Training", facts, None, [table], charts, notes)

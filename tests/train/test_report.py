@@ -33,6 +33,7 @@ def test_it_says_what_the_run_holds(runs: Runs) -> None:
         shares = [float((tensor.codes == code).float().mean()) for code in range(4)]
         assert layer["codes"] == pytest.approx(shares, abs=1e-6)
         assert layer["scales"][0] == pytest.approx(float(tensor.scales.min()))
+        assert sum(layer["scale_histogram"]) == tensor.scales.numel()
         assert 0 <= layer["changed"] < 1 and 0 < layer["weight_error"] < 1
     assert len(found["block_errors"]) == 2 and all(0 < e < 2 for e in found["block_errors"])
     assert len(found["history"]) == found["results"]["steps"]
