@@ -34,12 +34,13 @@ TRAIN = {
     "--bits": "2",
     "--group-size": "64",
     "--max-length": "256",
-    "--batch-size": "1",
-    "--lr": "5e-4",
-    "--warmup": "0.1",
-    "--save-steps": "50",
+    "--batch-size": "8",
+    "--recipe": "fast",
+    "--block-windows": "64",
+    "--block-compensated": "64",
+    "--save-steps": "10",
 }
-STEPS = 160
+STEPS = 40
 QUESTION = "What is the capital of France?"
 
 console = Console(stderr=True)
@@ -137,6 +138,7 @@ def dequantize(gguf: Path, folder: Path) -> None:
 def train(name: str, steps: int) -> Path:
     """A run under demo-output; goes on where it was stopped."""
     settings = [part for pair in TRAIN.items() for part in pair]
+    settings += [] if steps else ["--phase", "end"]  # rounded, and nothing else
     qexport("train", OUTPUT / NAME, *settings, "--max-steps", steps, "-o", OUTPUT / name)
     return OUTPUT / name
 

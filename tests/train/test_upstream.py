@@ -147,7 +147,10 @@ def test_our_recipe_ends_lower(learned: Path, tmp_path: Path, bits: str) -> None
     for name, recipe, changes in (("published", "paretoq", published), ("ours", "fast", {})):
         rate = 10 * RECIPES[recipe][bits].lr
         config = TrainConfig(
-            *(learned, "builtin", tmp_path / name, bits),
+            model=learned,
+            data="builtin",
+            output=tmp_path / name,
+            bits=bits,
             recipe=recipe,
             lr=rate,
             precision="fp32",
