@@ -124,6 +124,7 @@ def main() -> None:
     """Make what rows are lacking, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--width", nargs="*", choices=WIDTHS, default=list(WIDTHS))
+    parser.add_argument("--rows", nargs="*", help="these alone: dense, '2 QAT', '2 end to end', …")
     asked = parser.parse_args()
     kept = OUTPUT / f"{NAME}.json"
     done: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
@@ -133,10 +134,16 @@ def main() -> None:
     for bits in asked.width:
         rows |= alone_row(bits)
     for name, make in rows.items():
-        if name not in done:
+        if name not in done and (not asked.rows or name in asked.rows):
             console.print(f"[{name}]", markup=False)
             done[name] = make(done)
             write_json(kept, done)
+    if "fine-tuned" in done:
+        show(done)
+
+
+def show(done: dict[str, Any]) -> None:
+    """The table of what is there, printed and recorded."""
     tuned = done["fine-tuned"]["builtin"]
     for name, row in done.items():
         row["over_fine_tuned"] = row["builtin"] / tuned

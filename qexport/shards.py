@@ -12,10 +12,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qexport.errors import CheckpointError
-from qexport.output import write_json
-from qexport.stream import FilePlan, FileWriter
+from qexport.stream import FilePlan
 
-__all__ = ["Parts", "ShardReader", "ShardWriter", "part_bytes", "plan_shards"]
+__all__ = ["SHARD_BYTES", "Parts", "ShardReader", "part_bytes", "plan_shards"]
 
 Parts = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape of tensors by name
 
@@ -36,7 +35,7 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
-_SHARD_BYTES = 4 << 30
+SHARD_BYTES = 4 << 30
 
 
 class ShardReader:
@@ -162,7 +161,7 @@ def _no_safetensors(folder: Path) -> CheckpointError:
 
 
 def plan_shards(
-    parts: Parts, shard_bytes: int = _SHARD_BYTES
+    parts: Parts, shard_bytes: int = SHARD_BYTES
 ) -> tuple[list[FilePlan], dict[str, Any]]:
     """Place tensors in files of at most `shard_bytes`; also the index file as {name: JSON}.
 
@@ -212,25 +211,3 @@ def part_bytes(part: tuple[torch.dtype, tuple[int, ...]]) -> int:
     """Bytes of one tensor in a file."""
     dtype, shape = part
     return math.prod(shape) * dtype.itemsize
-
-
-class ShardWriter:
-    """Collects a model's tensors, which are in memory anyway, and writes them as shards."""
-
-    def __init__(self, folder: Path, shard_bytes: int = _SHARD_BYTES) -> None:
-        self.folder = folder
-        self._shard_bytes = shard_bytes
-        self._tensors: dict[str, Tensor] = {}
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        self._tensors[name] = tensor.detach()
-
-    def close(self) -> None:
-        """Write everything, then the index."""
-        parts = {name: (t.dtype, tuple(t.shape)) for name, t in self._tensors.items()}
-        files, index = plan_shards(parts, self._shard_bytes)
-        with FileWriter(self.folder, files) as writer:
-            for name, tensor in self._tensors.items():
-                writer.write(name, tensor)
-        for name, content in index.items():
-            write_json(self.folder / name, content)

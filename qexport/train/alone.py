@@ -1,7 +1,7 @@
 """The block-wise start alone: what comes of it is made a RUN with one block in memory at a time."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,14 @@ __all__ = ["block_results", "block_tensors"]
 
 
 def block_tensors(
-    config: TrainConfig, source: Checkpoint, stored: torch.dtype, run: Path
+    config: TrainConfig, source: Checkpoint, stored: torch.dtype, run: Path, names: Iterable[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the RUN: those of every block, and the source's for all else."""
+    """The tensors of the RUN: those of every block, and the source's for all else in `names`."""
     blocks = Blocks(source, stored, torch.device("cpu"))
     for index, block in trained_blocks(blocks, run / BLOCKS, config.scheme_of, stored):
         for name, value in run_tensors(block, stored):
             yield blocks.name(index) + name, value
-    for name in source:
+    for name in names:
         if not name.startswith("model.layers."):
             yield name, source.dense(name).to(stored)
 

@@ -9,6 +9,7 @@ Streams and finished blocks stand in a folder; a run that was killed goes on wit
 was in.
 """
 
+import ctypes
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from qexport.output import write_json
 from qexport.paretoq import Gradient, effective_scale, initial_alpha
 from qexport.quantize.gptq import compensate
 from qexport.tensor import QuantizedTensor
+from qexport.train.precision import autocast
 from qexport.train.prepare import Choose, FakeQuantize, prepare
 
 __all__ = [
@@ -112,6 +114,7 @@ class Blocks:
     def release(self, index: int) -> None:
         """Forget a block's weights."""
         self._layers[index] = self._layers[index].to("meta")
+        _trim()
 
     def embed(self, tokens: Tensor) -> Tensor:
         """What enters the first block, for tokens [n, length]: [n, length, hidden]."""
@@ -160,6 +163,13 @@ class Blocks:
         if isinstance(value, QuantizedTensor):
             return value.dequantize()
         return value.to(self._stored).float()
+
+
+def _trim() -> None:
+    """Have the C library give back what is free: by itself it keeps a part of every block."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 class _Stream:
@@ -304,11 +314,6 @@ def _parts(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def _autocast(settings: BlockSettings, device: torch.device) -> Any:
-    half = torch.float16 if settings.precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, half, enabled=settings.precision != "fp32")
-
-
 @torch.no_grad()
 def _advance(
     blocks: Blocks,
@@ -322,7 +327,7 @@ def _advance(
     """Run a stream through a block."""
     device = next(block.parameters()).device
     for rows in _parts(count, settings.batch_size):
-        with _autocast(settings, device):
+        with autocast(settings.precision, device):
             made = blocks.run(index, block, inputs.read(rows, device))
         outputs.write(rows, made)
 
@@ -344,7 +349,7 @@ def _compensate(
 
         hook = layers[0].register_forward_pre_hook(add)
         for rows in _parts(settings.compensated, settings.batch_size):
-            with _autocast(settings, device):
+            with autocast(settings.precision, device):
                 blocks.run(index, block, inputs.read(rows, device))
         hook.remove()
         for layer in layers:
@@ -388,7 +393,7 @@ def _train(
         for part in _parts(count, settings.batch_size):
             rows = order[part]
             wanted = targets.read(rows, device)
-            with _autocast(settings, device):
+            with autocast(settings.precision, device):
                 made = blocks.run(index, block, inputs.read(rows, device))
             # each token counts alike: a few have activations a thousand times as large
             error = (made.float() - wanted).square().sum(-1) / wanted.square().sum(-1)

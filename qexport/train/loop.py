@@ -23,7 +23,8 @@ from qexport.train.block import load_blocks
 from qexport.train.config import TrainConfig
 from qexport.train.fuse import fusing
 from qexport.train.phases import make_teacher, start_by_blocks
-from qexport.train.prepare import prepare, quantized_modules, run_tensors
+from qexport.train.precision import precision_of
+from qexport.train.prepare import prepare, quantized_modules, run_parts, run_tensors
 from qexport.train.progress import ProgressReport
 from qexport.train.ranks import barrier, is_main, join
 from qexport.train.report import write_report
@@ -94,7 +95,7 @@ def _prepared(config: TrainConfig, source: Checkpoint, console: Console) -> _Job
     _check_names(source, plan)
     fused = fusing(config, modules, max_steps, console)
     stored = _stored(source)
-    return _Job(source, text, plan, modules, stored, max_steps, _precision(config), fused)
+    return _Job(source, text, plan, modules, stored, max_steps, precision_of(config), fused)
 
 
 def _text(config: TrainConfig, console: Console) -> Text:
@@ -120,17 +121,18 @@ def _carry_out(config: TrainConfig, job: _Job, run: Path, console: Console) -> d
                 config, source, job.stored, training, job.precision, job.fused, run, console
             )
         barrier()
+    parts = run_parts(job.plan, job.modules, job.stored)
     if config.phase == "block":
         results, history = {}, None
         if is_main():
             results = block_results(config, source, job.stored, run, job.text.held_out)
-        tensors = block_tensors(config, source, job.stored, run)
+        tensors = block_tensors(config, source, job.stored, run, parts)
     else:
         trainer = _trained(config, job, run, resumed, console)
         results = _results(trainer, config, job.max_steps, job.text.held_out)
         tensors, history = run_tensors(trainer.model, job.stored), trainer.state
     if is_main():
-        write_run(run, source, job.modules, tensors, results, history)
+        write_run(run, source, job.modules, parts, tensors, results, history)
         shown = job.text.rows if job.text.held_out is None else job.text.held_out
         write_report(run, source, results, shown.tokens)
         mark(run, "run", status="finished", settings=config.identity())
@@ -151,7 +153,9 @@ def _trained(
     if job.max_steps:
         if config.settings.distill:
             training = job.text.rows.tokens
-            trainer.teacher = make_teacher(config, job.source, trainer, training, run, console)
+            trainer.teacher = make_teacher(
+                config, job.source, trainer, training, job.precision, run, console
+            )
         with contextlib.closing(report):
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     return trainer
@@ -207,21 +211,6 @@ def _check_names(source: Checkpoint, plan: nn.Module) -> None:
             f"{source.folder}: transformers renames or drops {odd[0]} of this architecture, so "
             "that a run of it could not be written back; it is not supported yet."
         )
-
-
-def _precision(config: TrainConfig) -> str:
-    """bf16 where the device multiplies it natively, unless told otherwise."""
-    if config.precision == "fp16" and not torch.cuda.is_available():
-        raise UnsupportedError("--precision fp16 wants a GPU; bf16 and fp32 train here too.")
-    if config.precision != "auto":
-        return config.precision
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return "fp32"
-    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
 
 
 def _announce(console: Console, config: TrainConfig, job: _Job) -> None:

@@ -1,5 +1,6 @@
 """What comes before the steps end to end: the block-wise start, and the teacher's answers."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from qexport.modelling import build_model
 from qexport.train.block import Blocks, BlockSettings, train_blocks
 from qexport.train.config import TrainConfig
 from qexport.train.distill import CachedTeacher, LiveTeacher, Teacher
+from qexport.train.precision import autocast
 from qexport.train.ranks import barrier, is_main
 from qexport.train.run_folder import BLOCKS, TEACHER
 from qexport.train.text import MixedWindows
@@ -69,12 +71,13 @@ def make_teacher(
     source: Checkpoint,
     trainer: QatTrainer,
     training: Tensor,
+    precision: str,
     run: Path,
     console: Console,
 ) -> Teacher:
     """The dense model, or what it says of every window that the run will meet."""
     device, count = trainer.args.device, config.teacher_top_k or trainer.model.config.vocab_size
-    how = (count, config.settings.temperature, trainer.accelerator.autocast)
+    how = (count, config.settings.temperature, partial(autocast, precision, device))
     if config.teacher == "live":
         return LiveTeacher(_dense(source, device), *how)
     dataset = trainer.train_dataset

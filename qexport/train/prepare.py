@@ -16,6 +16,7 @@ from qexport.checkpoint import Modules
 from qexport.errors import CheckpointError, InputError
 from qexport.grid import Scheme
 from qexport.paretoq import Gradient, effective_scale, fake_quantize, initial_alpha
+from qexport.shards import Parts
 from qexport.train.ranks import whole
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "StoredAs",
     "prepare",
     "quantized_modules",
+    "run_parts",
     "run_tensors",
     "store",
 ]
@@ -145,6 +147,20 @@ def _layers(model: nn.Module) -> dict[str, nn.Linear]:
         )
     _check_whole(model, layers)
     return layers
+
+
+def run_parts(plan: nn.Module, modules: Modules, stored: torch.dtype) -> Parts:
+    """Dtypes and shapes of `run_tensors`, from a model that may be without its weights."""
+    parts: Parts = {}
+    for name, parameter in plan.named_parameters():
+        module = name.removesuffix(".weight")
+        if module not in modules or module == name:
+            parts[name] = stored, tuple(parameter.shape)
+            continue
+        scheme, (out, inputs) = modules[module]
+        parts[name] = torch.float32, (out, inputs)
+        parts[f"{name}_scale"] = scheme.scale_dtype, (out, scheme.groups(inputs))
+    return parts
 
 
 def run_tensors(model: nn.Module, stored: torch.dtype) -> Iterator[tuple[str, Tensor]]:

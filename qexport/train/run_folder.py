@@ -14,7 +14,8 @@ from transformers import TrainerState
 from qexport.checkpoint import CONFIG_VERSION, Checkpoint, Modules, modules_to_json
 from qexport.errors import CheckpointError, InputError, QexportError
 from qexport.output import check_writable, mark, marker, strangers, write_json
-from qexport.shards import ShardWriter
+from qexport.shards import Parts, plan_shards
+from qexport.stream import FileWriter
 from qexport.train import state
 from qexport.train.block import DONE
 from qexport.train.config import TrainConfig
@@ -114,18 +115,24 @@ def write_run(
     run: Path,
     source: Checkpoint,
     modules: Modules,
+    parts: Parts,
     tensors: Iterable[tuple[str, Tensor]],
     results: dict[str, Any],
     history: TrainerState | None,
 ) -> None:
-    """Write the RUN beside its checkpoints; config.json, which makes it readable, comes last."""
+    """Write the RUN beside its checkpoints; config.json, which makes it readable, comes last.
+
+    `tensors` are those that `parts` promises; none is kept once it is written.
+    """
     staging = run / ".final"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
-    writer = ShardWriter(staging)
-    for name, tensor in tensors:
-        writer.add(name, tensor)
-    writer.close()
+    files, index = plan_shards(parts)
+    with FileWriter(staging, files) as writer:
+        for name, tensor in tensors:
+            writer.write(name, tensor)
+    for name, content in index.items():
+        write_json(staging / name, content)
     source.copy_files(staging)
     if history is not None:
         history.save_to_json(str(staging / "trainer_state.json"))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,7 +66,9 @@ def _source(
     name: str, config: TrainConfig, tokenizer: Any, tell: Callable[[str], None]
 ) -> tuple[Windows, Windows | None]:
     """Training windows, and held-out ones where there is text enough for one."""
-    limit = None if config.max_steps is None else max(1, config.max_steps) * config.tokens_per_step
+    limit = None
+    if config.max_steps is not None and name != "builtin" and not Path(name).is_file():
+        limit = max(1, config.max_steps) * config.tokens_per_step  # it may have no end
     apart = config.eval_data is None
     asked = Request(name, "train", apart, config.loss_on == "assistant", limit)
     kept, held = tokens_of(asked, tokenizer, tell)

@@ -36,7 +36,7 @@ class Request:
 
     hold_out       keep one document of twenty apart; of `builtin`, its own split
     replies_only   mark what the assistant says in conversations: the rest is no target
-    limit          tokens after which no more is read of a dataset that streams in
+    limit          tokens after which no more is read
     """
 
     source: str
@@ -91,9 +91,10 @@ def _digest(request: Request, tokenizer: Any) -> str:
     """Of everything that the tokens depend on."""
     path = Path(request.source)
     state: list[Any] = [asdict(request), _LAYOUT]
-    if path.is_file():
-        found = path.stat()
-        state += [str(path.resolve()), found.st_size, found.st_mtime_ns]
+    if path.exists():
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found = [(str(file.resolve()), file.stat()) for file in files]
+        state += [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
     elif request.source == "builtin":
         from platform import python_version
 
@@ -147,8 +148,6 @@ class _Part:
 def _write(request: Request, tokenizer: Any, folder: Path, tell: Callable[[str], None]) -> None:
     parts = [_Part(folder, name, targets=request.replies_only) for name in ("kept", "held")]
     kept, held = parts
-    is_streamed = request.source != "builtin" and not Path(request.source).is_file()
-    limit = request.limit if is_streamed else None
     told = 0
     try:
         for document, ids, targets in _tokenized(_documents(request, tokenizer), tokenizer):
@@ -157,7 +156,7 @@ def _write(request: Request, tokenizer: Any, folder: Path, tell: Callable[[str],
             if kept.count - told >= _TELL:
                 told = kept.count
                 tell(f"{request.source}: {told:,} tokens")
-            if limit is not None and kept.count >= limit:
+            if request.limit is not None and kept.count >= request.limit:
                 break
         if request.hold_out and request.source == "builtin":
             asked = Request("builtin", "eval", replies_only=request.replies_only)

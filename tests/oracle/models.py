@@ -16,9 +16,9 @@ from qexport.checkpoint import Checkpoint, Entry
 from qexport.formats import open_checkpoint
 from qexport.grid import GRIDS, Scheme
 from qexport.output import write_json
-from qexport.shards import ShardWriter
 from qexport.tensor import QuantizedTensor, portable, quantize
 from qexport.train import TrainConfig, train
+from tests.shard_writer import ShardWriter
 
 __all__ = ["dense_twin", "rounded", "smollm2", "trained"]
 

@@ -33,6 +33,29 @@ def config(model: Path, output: Path, **changes: object) -> TrainConfig:
     return TrainConfig(model=model, output=output, **{**settings, **changes})  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
+def test_alone_it_holds_one_block(tmp_path: Path) -> None:
+    """Peak memory of a model of twenty more blocks: theirs would be 330 MB in float32."""
+    text = tmp_path / "text.txt"
+    text.write_text("a few words " * 400)
+    peaks = []
+    for layers in (4, 24):
+        folder = tmp_path / f"model-{layers}"
+        model = write_tiny_model(
+            folder, hidden_size=512, intermediate_size=2048, head_dim=64, num_hidden_layers=layers
+        )
+        command = [
+            *(sys.executable, "-m", "tests.train.anonymous_peak", "train", str(model)),
+            *("--data", str(text), "--bits", "4", "--group-size", "64", "--phase", "block"),
+            *("--block-epochs", "1", "--block-windows", "4", "--max-length", "32"),
+            *("--scale-init", "paper", "-o", str(tmp_path / f"run-{layers}")),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        peaks.append(float(done.stdout.split()[-1]))
+    assert peaks[1] - peaks[0] < 60, peaks
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_one_by_one_are_the_model(tmp_path: Path, family: str) -> None:
     """Masks, windows, rotary embeddings: what comes out of the last one is the model's own."""

@@ -78,6 +78,29 @@ def test_made_once_and_again_when_anything_changes(
     assert not list(cache.glob(".making-*"))
 
 
+def test_a_folder_of_files_is_looked_into(tmp_path: Path, tokenizer: Any) -> None:
+    """As a dataset; another file in it is another text."""
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    rows(folder / "one.jsonl")
+    before, _ = tokens_of(Request(str(folder), hold_out=False), tokenizer, quiet)
+    rows(folder / "two.jsonl")
+    after, _ = tokens_of(Request(str(folder), hold_out=False), tokenizer, quiet)
+    assert len(after.ids) == 2 * len(before.ids)
+
+
+def test_a_file_is_tokenized_once_for_any_number_of_steps(
+    tmp_path: Path, tiny_model: Path, tokenizer: Any, cache: Path
+) -> None:
+    path = rows(tmp_path / "rows.jsonl")
+    for steps in (1, 7, None):
+        config = TrainConfig(
+            tiny_model, str(path), tmp_path / "run", "2", max_length=16, max_steps=steps
+        )
+        load_text(config, tokenizer, quiet)
+    assert len(list(cache.iterdir())) == 1
+
+
 def test_without_a_cache_that_can_be_written(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from qexport.errors import CheckpointError
-from qexport.shards import ShardReader, ShardWriter
+from qexport.shards import ShardReader
+from tests.shard_writer import ShardWriter
 
 
 def write(folder: Path, shard_bytes: int = 1 << 30) -> dict[str, torch.Tensor]:
