@@ -58,7 +58,11 @@ def _rows(source: str, split: Split) -> Iterator[tuple[Any, str]]:
     """Rows, and where each stands."""
     if source == "builtin":
         return (({"text": text}, source) for text in _builtin(split))
+    if not source.strip():
+        raise InputError("the name of the data is empty.")
     path = Path(source)
+    if path.is_dir():
+        return _hub(source)
     if path.suffix == ".txt":
         return (({"text": text}, source) for text in _text_file(path))
     if path.suffix in _FILE_SUFFIXES:
@@ -186,20 +190,34 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def _hub(source: str) -> Iterator[tuple[Any, str]]:
     import datasets
 
     name, _, config = source.partition(":")
     try:
-        rows = datasets.load_dataset(name, config or None, split="train", streaming=True)
+        rows = iter(datasets.load_dataset(name, config or None, split="train", streaming=True))
     except Exception as error:  # the library raises whatever its network layer does
         raise InputError(
             f"{source} is neither builtin, a .jsonl or .txt file, nor a dataset that can be "
             f"fetched ({type(error).__name__})."
         ) from error
     found = False
-    for number, row in enumerate(rows, start=1):
-        found = True
+    number = 0
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            break
+        except Exception as error:  # as above, and whatever is in the files
+            raise DataError(
+                f"{source} cannot be read as a dataset after {number} rows "
+                f"({_first_line(error)}); give its .jsonl files one by one."
+            ) from error
+        found, number = True, number + 1
         yield row, f"{source} row {number}"
     if not found:
         raise DataError(f"{source} has no rows.")

@@ -87,6 +87,8 @@ def check_writable(target: Path, kind: str) -> None:
     if not target.is_dir():
         raise InputError(f"{target} is not a folder; choose another -o.")
     found = marker(target)
+    if found is None and (target / MARKER).exists():
+        raise InputError(f"{target}/{MARKER} is damaged; remove the folder or choose another -o.")
     if found is None and any(target.iterdir()):
         raise InputError(
             f"{target} exists and was not written by qexport; choose another -o or remove it."

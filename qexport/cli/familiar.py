@@ -4,6 +4,7 @@ A command line that worked there works here, and a note says what each of its op
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import click
 
@@ -51,7 +52,7 @@ def _output(given: dict[str, str]) -> list[str]:
     folder, name = given.get("--local_dir"), given.get("--output_model_filename")
     if folder is None and name is None:
         return []
-    return ["-o", "/".join([folder or ".", "models", name or "run"])]
+    return ["-o", str(Path(folder or ".") / "models" / (name or "run"))]
 
 
 def _groups(given: dict[str, str]) -> list[str]:
@@ -117,7 +118,7 @@ _OPTIONS: dict[str, Translate] = {
     "--logging_steps": _as("--log-steps"),
     "--gradient_checkpointing": _flag("--gradient-checkpointing"),
     "--bf16": _flag("--precision", "bf16"),
-    "--fp16": _only("false", "bfloat16 wants no loss scaling: give --bf16 True."),
+    "--fp16": _flag("--precision", "fp16"),
     "--contain_weight_clip_val": _only(
         "false", "a checkpoint that is trained already needs no training: give it to qexport pack."
     ),

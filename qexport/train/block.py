@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from qexport.checkpoint import Checkpoint
+from qexport.errors import QexportError
 from qexport.grid import Scheme
 from qexport.modelling import meta_model
 from qexport.output import write_json
@@ -45,6 +46,7 @@ __all__ = [
 ]
 
 _STREAM = torch.bfloat16
+_NEGLIGIBLE = 1e-4  # of the median token's square
 DONE = "blocks.json"
 _STAGES = (  # layers that have the same inputs, in the order in which they run
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -225,8 +227,12 @@ def train_blocks(
         own = partial(_choose, choose, blocks.name(index))
         prepare(block, own, scale_init, stored, settings.gradient, settings.fused)
         if settings.compensated:
-            _compensate(blocks, index, block, inputs, settings)
+            _compensate(blocks, index, block, inputs, settings, len(windows))
         before, after = _train(blocks, index, block, inputs, targets, settings, len(windows))
+        if not math.isfinite(after):
+            raise QexportError(
+                f"block {index + 1} has diverged; lower --block-lr, or check the model for NaN."
+            )
         outputs = stream("quantized", index + 1)
         _advance(blocks, index, block, inputs, outputs, settings, len(windows))
         tensors = {blocks.name(index) + n: p.detach().cpu() for n, p in block.named_parameters()}
@@ -334,10 +340,16 @@ def _advance(
 
 @torch.no_grad()
 def _compensate(
-    blocks: Blocks, index: int, block: nn.Module, inputs: _Stream, settings: BlockSettings
+    blocks: Blocks,
+    index: int,
+    block: nn.Module,
+    inputs: _Stream,
+    settings: BlockSettings,
+    count: int,
 ) -> None:
     """Begin with GPTQ's codes: each layer's, by what the ones before it make of the inputs."""
     device = next(block.parameters()).device
+    count = min(settings.compensated, count)
     for names in _STAGES:
         layers: list[Any] = [block.get_submodule(name) for name in names]
         width = layers[0].in_features
@@ -348,7 +360,7 @@ def _compensate(
             hessian.addmm_(rows.T, rows)
 
         hook = layers[0].register_forward_pre_hook(add)
-        for rows in _parts(settings.compensated, settings.batch_size):
+        for rows in _parts(count, settings.batch_size):
             with autocast(settings.precision, device):
                 blocks.run(index, block, inputs.read(rows, device))
         hook.remove()
@@ -376,6 +388,8 @@ def _train(
 ) -> tuple[float, float]:
     """Train one block; its relative error before the first step, and over the last quarter."""
     device = next(block.parameters()).device
+    if not settings.epochs:
+        return (_measured(blocks, index, block, inputs, targets, settings, count),) * 2
     scales = [p for name, p in block.named_parameters() if name.endswith(".alpha")]
     weights = [p for name, p in block.named_parameters() if not name.endswith(".alpha")]
     optimizer = torch.optim.AdamW(
@@ -395,9 +409,7 @@ def _train(
             wanted = targets.read(rows, device)
             with autocast(settings.precision, device):
                 made = blocks.run(index, block, inputs.read(rows, device))
-            # each token counts alike: a few have activations a thousand times as large
-            error = (made.float() - wanted).square().sum(-1) / wanted.square().sum(-1)
-            loss = error.mean()
+            loss = _relative_error(made, wanted)
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             scaler.step(optimizer)
             scaler.update()
@@ -406,3 +418,33 @@ def _train(
             errors.append(loss.item())
     last = errors[-max(1, len(errors) // 4) :]
     return errors[0], sum(last) / len(last)
+
+
+@torch.no_grad()
+def _measured(
+    blocks: Blocks,
+    index: int,
+    block: nn.Module,
+    inputs: _Stream,
+    targets: _Stream,
+    settings: BlockSettings,
+    count: int,
+) -> float:
+    """The relative error of a block that is not trained."""
+    device = next(block.parameters()).device
+    errors = []
+    for rows in _parts(count, settings.batch_size):
+        with autocast(settings.precision, device):
+            made = blocks.run(index, block, inputs.read(rows, device))
+        errors.append(float(_relative_error(made, targets.read(rows, device))))
+    return sum(errors) / len(errors)
+
+
+def _relative_error(made: Tensor, wanted: Tensor) -> Tensor:
+    """Of squares, each token alike: a few have activations a thousand times as large.
+
+    A token that has nearly none, as one whose embedding is all zeros, does not blow it up.
+    """
+    norms = wanted.square().sum(-1)
+    least = (norms.median() * _NEGLIGIBLE).clamp(min=torch.finfo(torch.float32).tiny)
+    return ((made.float() - wanted).square().sum(-1) / norms.clamp(min=least)).mean()

@@ -16,7 +16,7 @@ from qexport.paretoq import WIDTHS, Gradient
 from qexport.train.ranks import world_size
 from qexport.train.recipe import RECIPES, Recipe
 
-__all__ = ["TARGETS", "TrainConfig"]
+__all__ = ["DENSE", "TARGETS", "TrainConfig"]
 
 DENSE = "16"
 TARGETS = {f"gguf:{name}": block for name, block in SUPER_BLOCKS.items()}
@@ -150,9 +150,11 @@ class TrainConfig:
             raise InputError("--offload goes with --shard.")
         if self.teacher_top_k < 0:
             raise InputError(f"--teacher-top-k {self.teacher_top_k} is negative.")
-        if self.bits == DENSE and self.settings.block_epochs:
-            raise InputError("--bits 16 has no blocks to start with; leave out --block-epochs.")
-        if self.phase == "block" and not self.settings.block_epochs:
+        if self.bits == DENSE and self.settings.has_start:
+            raise InputError(
+                "--bits 16 has no blocks to start with; leave out --block-epochs and -compensated."
+            )
+        if self.phase == "block" and not self.settings.has_start:
             raise InputError(f"--phase block: {self.recipe} has none; give --block-epochs too.")
         if not 0 <= self.warmup < 1:
             raise InputError(f"--warmup {self.warmup} is not a share between 0 and 1.")
@@ -261,7 +263,7 @@ def _parse_rule(text: str) -> tuple[str, str, int | None]:
     """Pattern, bits and group size: None is per channel, 0 is that of the others."""
     pattern, sign, value = text.rpartition("=")
     bits, colon, group = value.partition(":")
-    if not sign or bits not in (*WIDTHS, DENSE):
+    if not pattern or not sign or bits not in (*WIDTHS, DENSE):
         raise InputError(f"--module-bits {text}: give PATTERN=BITS, with 1, 1.58, 2, 3, 4 or 16.")
     if not colon:
         return pattern, bits, 0

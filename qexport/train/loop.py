@@ -20,7 +20,7 @@ from qexport.output import disk_errors, mark
 from qexport.train import state
 from qexport.train.alone import block_results, block_tensors
 from qexport.train.block import load_blocks
-from qexport.train.config import TrainConfig
+from qexport.train.config import DENSE, TrainConfig
 from qexport.train.fuse import fusing
 from qexport.train.phases import make_teacher, start_by_blocks
 from qexport.train.precision import precision_of
@@ -92,6 +92,8 @@ def _prepared(config: TrainConfig, source: Checkpoint, console: Console) -> _Job
     _check_fit(config, plan, text.rows.tokens)
     modules = quantized_modules(plan, config.scheme_of)
     config.check_patterns(name for name, _ in plan.named_modules())
+    if not modules and config.bits != DENSE:
+        raise InputError("no layer is left to be quantized; --bits 16 trains a dense model.")
     _check_names(source, plan)
     fused = fusing(config, modules, max_steps, console)
     stored = _stored(source)
@@ -115,7 +117,7 @@ def _carry_out(config: TrainConfig, job: _Job, run: Path, console: Console) -> d
     resumed = state.last_checkpoint(run)
     if resumed is not None:
         console.print(f"resuming from {resumed.name}")
-    elif config.phase != "end" and config.settings.block_epochs:
+    elif config.phase != "end" and config.settings.has_start:
         if is_main():
             start_by_blocks(
                 config, source, job.stored, training, job.precision, job.fused, run, console
@@ -220,7 +222,7 @@ def _announce(console: Console, config: TrainConfig, job: _Job) -> None:
     largest = max(p.numel() for p in job.plan.parameters())
     # Master, gradient and two moments in fp32; served values and codes kept for the backward pass.
     memory = trainable * 16 + trainable * 5 + largest * 8
-    what = "dense" if config.scheme is None else str(config.scheme)
+    what = ", ".join(dict.fromkeys(str(scheme) for scheme, _ in job.modules.values())) or "dense"
     console.print(
         f"{trainable:,} trainable parameters ({alphas:,} scales), {what}, {job.precision}; "
         f"about {memory / 2**30:.1f} GiB and activations",

@@ -76,7 +76,8 @@ def make_teacher(
     console: Console,
 ) -> Teacher:
     """The dense model, or what it says of every window that the run will meet."""
-    device, count = trainer.args.device, config.teacher_top_k or trainer.model.config.vocab_size
+    vocabulary: int = trainer.model.config.vocab_size
+    device, count = trainer.args.device, min(config.teacher_top_k or vocabulary, vocabulary)
     how = (count, config.settings.temperature, partial(autocast, precision, device))
     if config.teacher == "live":
         return LiveTeacher(_dense(source, device), *how)

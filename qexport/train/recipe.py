@@ -36,6 +36,11 @@ class Recipe:
     block_lr: float = 1e-4
     block_scale_lr: float = 1e-4
 
+    @property
+    def has_start(self) -> bool:
+        """Whether anything is done block by block."""
+        return bool(self.block_epochs or self.block_compensated)
+
 
 _FINE, _COARSE = Recipe(1e-5, 1e-5), Recipe(2e-5, 2e-5)
 

@@ -11,7 +11,13 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerState
 
-from qexport.checkpoint import CONFIG_VERSION, Checkpoint, Modules, modules_to_json
+from qexport.checkpoint import (
+    CONFIG_VERSION,
+    Checkpoint,
+    Modules,
+    modules_to_json,
+    open_source,
+)
 from qexport.errors import CheckpointError, InputError, QexportError
 from qexport.output import check_writable, mark, marker, strangers, write_json
 from qexport.shards import Parts, plan_shards
@@ -44,10 +50,11 @@ def finished(config: TrainConfig) -> dict[str, Any] | None:
     if found.get("status") != "finished":
         return None
     try:
+        open_source(config.output)
         results: dict[str, Any] = json.loads((config.output / "all_results.json").read_text())
-    except ValueError as error:
+    except (OSError, ValueError, CheckpointError) as error:
         raise CheckpointError(
-            f"{config.output}/all_results.json is damaged; --no-resume starts over."
+            f"{config.output} was finished and is damaged ({error}); --no-resume starts over."
         ) from error
     return results
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from qexport.cache import cache_folder
 from qexport.data import Document, Split, documents, is_held_out, marked_documents
-from qexport.errors import DataError
-from qexport.output import disk_errors, write_json
+from qexport.errors import DataError, QexportError
+from qexport.output import write_json
 
 __all__ = ["Request", "Tokens", "tokens_of"]
 
@@ -65,8 +65,11 @@ def tokens_of(
     if request.replies_only and not tokenizer.is_fast:
         raise DataError(f"{request.source}: --loss-on assistant wants a fast tokenizer.")
     folder = cache_folder("tokens") / _digest(request, tokenizer)
-    if (folder / "tokens.json").exists():
-        return _mapped(folder, request)
+    if folder.exists():
+        try:
+            return _mapped(folder, request)
+        except (OSError, ValueError, KeyError, TypeError):
+            shutil.rmtree(folder, ignore_errors=True)  # damaged: it is made again
     try:
         folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         above: Path | None = folder.parent
@@ -74,8 +77,13 @@ def tokens_of(
     except OSError:  # no cache, then: mapped files outlive their names
         above, working = None, Path(tempfile.mkdtemp(prefix="qexport-tokens-"))
     try:
-        with disk_errors(working):
+        try:
             _write(request, tokenizer, working, tell)
+        except OSError as error:
+            raise QexportError(
+                f"tokens cannot be kept in {working.parent} ({error.strerror}); free some space, "
+                "or set QEXPORT_CACHE to another folder."
+            ) from error
         if above is not None and not folder.exists():
             try:
                 working.rename(folder)
@@ -120,6 +128,8 @@ def _mapped(folder: Path, request: Request) -> tuple[Tokens, Tokens]:
 
 
 def _map(path: Path, size: int, dtype: torch.dtype) -> Tensor:
+    if path.stat().st_size != size * dtype.itemsize:
+        raise ValueError(f"{path} is not whole")
     if size == 0:
         return torch.empty(0, dtype=dtype)
     return torch.from_file(str(path), shared=False, size=size, dtype=dtype)

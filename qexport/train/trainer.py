@@ -1,5 +1,6 @@
 """transformers' Trainer with our state on disk and an order of data that a kill does not change."""
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ class QatTrainer(Trainer):
             named = list((self.model if model is None else model).named_parameters())
             scales = [p for name, p in named if name.endswith(".alpha")]
             others = [p for name, p in named if not name.endswith(".alpha")]
+            # bitsandbytes warns of kernels for other things than moments
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
             kind, arguments = self.get_optimizer_cls_and_kwargs(self.args)
             if "bnb" in self.args.optim:
                 _keep_precise(self.model)

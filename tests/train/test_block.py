@@ -1,6 +1,7 @@
 """The block-wise start: blocks are the model's own, get better, and outlive a kill."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import torch
 from rich.console import Console
 
 from qexport.checkpoint import Checkpoint
+from qexport.errors import QexportError
 from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.pack import pack
 from qexport.modelling import build_model
@@ -31,6 +33,44 @@ def config(model: Path, output: Path, **changes: object) -> TrainConfig:
         "block_windows": 64,
     }
     return TrainConfig(model=model, output=output, **{**settings, **changes})  # type: ignore[arg-type]
+
+
+def test_tokens_without_activations_do_no_harm(tiny_model: Path, tmp_path: Path) -> None:
+    """An embedding of zeros at the start of a window: its block's output is nothing at all."""
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": "<|end|>" * 40}) + "\n" for _ in range(60)))
+    run = tmp_path / "run"
+    train(
+        config(tiny_model, run, data=str(text), phase="block", max_length=16), Console(quiet=True)
+    )
+    source = open_checkpoint(run)
+    for name in source.modules:
+        assert bool(source.quantized(f"{name}.weight").scales.isfinite().all())
+
+
+def test_a_block_that_diverges_is_not_kept(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "qexport.train.block._relative_error", lambda made, _: made.sum() * math.nan
+    )
+    with pytest.raises(QexportError, match="block 1 has diverged; lower --block-lr"):
+        train(config(tiny_model, tmp_path / "run"), Console(quiet=True))
+    assert not (tmp_path / "run").exists()
+
+
+def test_gptq_alone(tiny_model: Path, tmp_path: Path) -> None:
+    """Without a pass of training: other codes than rounding's, and a RUN that packs."""
+    runs = {}
+    for name, changes in (
+        ("rounded", {"phase": "end", "block_epochs": 0}),
+        ("gptq", {"phase": "block", "block_epochs": 0, "block_compensated": 10**6}),
+    ):
+        run = tmp_path / name
+        train(config(tiny_model, run, max_steps=0, **changes), Console(quiet=True))
+        runs[name] = open_checkpoint(run).quantized("model.layers.0.mlp.up_proj.weight")
+    share = (runs["rounded"].codes != runs["gptq"].codes).float().mean()
+    assert 0.01 < float(share) < 0.5
 
 
 @pytest.mark.slow

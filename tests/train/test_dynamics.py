@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from qexport.errors import InputError
+from qexport.errors import CheckpointError, InputError
 from qexport.grid import Scheme
 from qexport.paretoq import WIDTHS, fake_quantize, initial_alpha
 from qexport.train import TrainConfig, train
@@ -127,6 +127,35 @@ def test_every_source_has_its_share_at_every_moment(
             count = sum(start <= window < start + size for window in met[:end])
             assert abs(count - end * weight / sum(weights)) <= len(sizes)
         start += size
+
+
+def test_a_teacher_tells_no_more_tokens_than_there_are(tiny_model: Path, tmp_path: Path) -> None:
+    config = small(tiny_model, tmp_path, max_steps=1, distill=0.5, teacher_top_k=10**6)
+    assert train(config, Console(quiet=True))["steps"] == 1
+
+
+def test_few_documents_and_the_fast_recipe(tiny_model: Path, tmp_path: Path) -> None:
+    """Fewer windows than GPTQ asks for."""
+    path = tmp_path / "three.jsonl"
+    path.write_text('{"text": "a few words of text, and a few more of them"}\n' * 3)
+    config = small(tiny_model, tmp_path, max_steps=1, data=str(path), recipe="fast", max_length=16)
+    assert train(config, Console(quiet=True))["steps"] == 1
+
+
+def test_nothing_left_to_quantize(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no layer is left to be quantized"):
+        train(small(tiny_model, tmp_path, max_steps=1, exclude=("*",)), Console(quiet=True))
+    with pytest.raises(InputError, match="--module-bits =4: give PATTERN=BITS"):
+        small(tiny_model, tmp_path, max_steps=1, module_bits=("=4",))
+
+
+def test_a_finished_run_that_is_damaged(tiny_model: Path, tmp_path: Path) -> None:
+    config = small(tiny_model, tmp_path, max_steps=1)
+    train(config, Console(quiet=True))
+    with (config.output / "model.safetensors").open("r+b") as file:
+        file.truncate(100)
+    with pytest.raises(CheckpointError, match=r"was finished and is damaged .* --no-resume"):
+        train(config, Console(quiet=True))
 
 
 def test_sources_with_weights(tiny_model: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from qexport.data import documents, hold_out, tokenize
-from qexport.errors import DataError
+from qexport.errors import DataError, InputError
 from qexport.train import TrainConfig, train
 from qexport.train.text import load_text
 from qexport.train.tokens import Request, tokens_of
@@ -87,6 +87,37 @@ def test_a_folder_of_files_is_looked_into(tmp_path: Path, tokenizer: Any) -> Non
     rows(folder / "two.jsonl")
     after, _ = tokens_of(Request(str(folder), hold_out=False), tokenizer, quiet)
     assert len(after.ids) == 2 * len(before.ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokens.json", b"{"),
+        ("tokens.json", b"\xff\xfe"),
+        ("tokens.json", b"{}"),
+        ("kept.ids", b"12"),
+    ],
+)
+def test_a_damaged_cache_is_made_again(
+    tmp_path: Path, tokenizer: Any, cache: Path, name: str, content: bytes
+) -> None:
+    request = Request(str(rows(tmp_path / "rows.jsonl")))
+    before = tokens_of(request, tokenizer, quiet)[0].ids.clone()
+    (folder,) = cache.iterdir()
+    (folder / name).write_bytes(content)
+    assert torch.equal(tokens_of(request, tokenizer, quiet)[0].ids, before)
+    assert json.loads((folder / "tokens.json").read_text())["kept"] == len(before)
+
+
+def test_a_folder_that_is_no_dataset(tmp_path: Path, tokenizer: Any, cache: Path) -> None:
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    (folder / "one.jsonl").write_text('{"text": "good"}\n{"text": \n')
+    with pytest.raises((DataError, InputError)):
+        tokens_of(Request(str(folder)), tokenizer, quiet)
+    with pytest.raises(InputError, match="the name of the data is empty"):
+        tokens_of(Request(" "), tokenizer, quiet)
+    assert not list(cache.iterdir())
 
 
 def test_a_file_is_tokenized_once_for_any_number_of_steps(
