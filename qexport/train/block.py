@@ -9,7 +9,6 @@ Streams and finished blocks stand in a folder; a run that was killed goes on wit
 was in.
 """
 
-import ctypes
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -23,26 +22,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from qexport.checkpoint import Checkpoint
 from qexport.errors import QexportError
 from qexport.grid import Scheme
-from qexport.modelling import meta_model
 from qexport.output import write_json
 from qexport.paretoq import Gradient, effective_scale, initial_alpha
 from qexport.quantize.gptq import compensate
-from qexport.tensor import QuantizedTensor
+from qexport.train.layers import Blocks, Stream
 from qexport.train.precision import autocast
 from qexport.train.prepare import Choose, FakeQuantize, prepare
 
 __all__ = [
     "DONE",
     "BlockSettings",
-    "Blocks",
     "block_parameters",
-    "held_out_loss",
     "load_blocks",
+    "named",
+    "parts",
     "train_blocks",
-    "trained_blocks",
 ]
 
 _STREAM = torch.bfloat16
@@ -76,121 +72,6 @@ class BlockSettings:
     seed: int
 
 
-class Blocks:
-    """The decoder blocks of a checkpoint, dense or dequantized, made one at a time.
-
-    The model's own forward pass runs over a body that holds a single block, so that masks, rotary
-    embeddings and whatever else a family does around its blocks are transformers' own.
-    """
-
-    def __init__(self, source: Checkpoint, stored: torch.dtype, device: torch.device) -> None:
-        self._source = source
-        self._stored = stored
-        self._device = device
-        self._model = meta_model(source)
-        self._body = self._model.model
-        self._layers = list(self._body.layers)
-        self._types = getattr(self._model.config, "layer_types", None)
-        self._norm, self._body.norm = self._body.norm, nn.Identity()
-        self._body.rotary_emb = type(self._body.rotary_emb)(config=self._model.config).to(device)
-        self._model.config.num_hidden_layers = 1
-        self._model.config.use_cache = False
-
-    def __len__(self) -> int:
-        return len(self._layers)
-
-    def name(self, index: int) -> str:
-        """Where a block stands in the model, with a dot at the end."""
-        return f"model.layers.{index}."
-
-    def make(self, index: int) -> nn.Module:
-        """A block with its float32 weights."""
-        prefix = self.name(index)
-        block: nn.Module = self._layers[index].to_empty(device=self._device)
-        state = {
-            name: self._read(prefix + name).to(self._device) for name, _ in block.named_parameters()
-        }
-        block.load_state_dict(state, strict=True)
-        return block
-
-    def release(self, index: int) -> None:
-        """Forget a block's weights."""
-        self._layers[index] = self._layers[index].to("meta")
-        _trim()
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """What enters the first block, for tokens [n, length]: [n, length, hidden]."""
-        table = self._body.embed_tokens
-        if table.weight.is_meta:
-            table.to_empty(device=self._device)
-            table.weight.data.copy_(self._read("model.embed_tokens.weight"))
-        made: Tensor = table(tokens.to(self._device))
-        return made.detach()
-
-    def forget_embeddings(self) -> None:
-        """They are large."""
-        self._body.embed_tokens.to("meta")
-
-    def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The block's output [n, length, hidden]."""
-        self._body.layers = nn.ModuleList([block])
-        if self._types is not None:
-            self._model.config.layer_types = [self._types[index]]
-        out: Tensor = self._body(inputs_embeds=hidden, use_cache=False).last_hidden_state
-        return out
-
-    def logits(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Of the last block, and of what comes after it [n, length, vocabulary]."""
-        head = self._model.lm_head
-        if self._norm.weight.is_meta:
-            self._fill(self._norm, "model.norm.")
-            tied = "lm_head.weight" not in self._source
-            self._fill(head, "model.embed_tokens." if tied else "lm_head.")
-        self._body.norm = self._norm
-        self._body.layers = nn.ModuleList([block])
-        if self._types is not None:
-            self._model.config.layer_types = [self._types[-1]]
-        out: Tensor = self._model(inputs_embeds=hidden, use_cache=False).logits
-        self._body.norm = nn.Identity()
-        return out
-
-    def _fill(self, module: nn.Module, prefix: str) -> None:
-        module.to_empty(device=self._device)
-        with torch.no_grad():
-            for name, parameter in module.named_parameters():
-                parameter.copy_(self._read(prefix + name))
-
-    def _read(self, name: str) -> Tensor:
-        value = self._source[name]
-        if isinstance(value, QuantizedTensor):
-            return value.dequantize()
-        return value.to(self._stored).float()
-
-
-def _trim() -> None:
-    """Have the C library give back what is free: by itself it keeps a part of every block."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)
-
-
-class _Stream:
-    """Activations [n, length, hidden] in a file that is mapped: what is not used stays on disk."""
-
-    def __init__(
-        self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype = _STREAM
-    ) -> None:
-        self._data = torch.from_file(
-            str(path), shared=True, size=math.prod(shape), dtype=dtype
-        ).view(shape)
-
-    def read(self, rows: Tensor | slice, device: torch.device) -> Tensor:
-        return self._data[rows].to(device).float()
-
-    def write(self, rows: slice, values: Tensor) -> None:
-        self._data[rows] = values.to(self._data.dtype).cpu()
-
-
 def train_blocks(
     blocks: Blocks,
     windows: Tensor,
@@ -211,20 +92,20 @@ def train_blocks(
     width = blocks.embed(windows[:1, :1]).shape[-1]
     shape = (len(windows), windows.shape[1], width)
 
-    def stream(kind: str, index: int) -> _Stream:
-        return _Stream(folder / f"{kind}-{index}.bin", shape)
+    def stream(kind: str, index: int) -> Stream:
+        return Stream(folder / f"{kind}-{index}.bin", shape, _STREAM)
 
     if done == 0:
         for kind in ("dense", "quantized"):
             first = stream(kind, 0)
-            for rows in _parts(len(windows), settings.batch_size):
+            for rows in parts(len(windows), settings.batch_size):
                 first.write(rows, blocks.embed(windows[rows]))
         blocks.forget_embeddings()
     for index in range(done, len(blocks)):
         block = blocks.make(index)
         inputs, targets = stream("quantized", index), stream("dense", index + 1)
         _advance(blocks, index, block, stream("dense", index), targets, settings, len(windows))
-        own = partial(_choose, choose, blocks.name(index))
+        own = partial(named, choose, blocks.name(index))
         prepare(block, own, scale_init, stored, settings.gradient, settings.fused)
         if settings.compensated:
             _compensate(blocks, index, block, inputs, settings, len(windows))
@@ -244,7 +125,7 @@ def train_blocks(
         tell(index, before, after)
 
 
-def _choose(choose: Choose, prefix: str, name: str) -> Scheme | None:
+def named(choose: Choose, prefix: str, name: str) -> Scheme | None:
     return choose(prefix + name)
 
 
@@ -263,52 +144,6 @@ def block_parameters(folder: Path, index: int) -> dict[str, Tensor]:
     return load_file(path) if index < _done(folder) else {}
 
 
-def trained_blocks(
-    blocks: Blocks, folder: Path, choose: Choose, stored: torch.dtype
-) -> Iterator[tuple[int, nn.Module]]:
-    """Blocks as they were trained, prepared, one at a time."""
-    for index in range(len(blocks)):
-        block, prefix = blocks.make(index), blocks.name(index)
-        prepare(block, partial(_choose, choose, prefix), "paper", stored)
-        found = block_parameters(folder, index).items()
-        block.load_state_dict({name.removeprefix(prefix): value for name, value in found})
-        yield index, block
-        blocks.release(index)
-
-
-@torch.no_grad()
-def held_out_loss(
-    blocks: Blocks,
-    folder: Path,
-    choose: Choose,
-    stored: torch.dtype,
-    inputs: Tensor,
-    labels: Tensor,
-    batch_size: int,
-) -> float:
-    """Mean cross-entropy of trained blocks on windows [n, length]; labels of -100 do not count."""
-    shape = (len(inputs), inputs.shape[1], blocks.embed(inputs[:1, :1]).shape[-1])
-    path = folder / "held-out.bin"
-    hidden = _Stream(path, shape, torch.float32)
-    for rows in _parts(len(inputs), batch_size):
-        hidden.write(rows, blocks.embed(inputs[rows]))
-    blocks.forget_embeddings()
-    total, count = 0.0, 0
-    for index, block in trained_blocks(blocks, folder, choose, stored):
-        device = next(block.parameters()).device
-        for rows in _parts(len(inputs), batch_size):
-            given = hidden.read(rows, device)
-            if index < len(blocks) - 1:
-                hidden.write(rows, blocks.run(index, block, given))
-                continue
-            logits = blocks.logits(block, given)[:, :-1].flatten(0, 1).float()
-            wanted = labels[rows, 1:].flatten().to(device)
-            total += float(nn.functional.cross_entropy(logits, wanted, reduction="sum"))
-            count += int((wanted != -100).sum())
-    path.unlink()
-    return total / max(count, 1)
-
-
 def _done(folder: Path) -> int:
     try:
         return int(json.loads((folder / DONE).read_text(encoding="utf-8"))["done"])
@@ -316,7 +151,7 @@ def _done(folder: Path) -> int:
         return 0
 
 
-def _parts(count: int, size: int) -> Iterator[slice]:
+def parts(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
@@ -325,14 +160,14 @@ def _advance(
     blocks: Blocks,
     index: int,
     block: nn.Module,
-    inputs: _Stream,
-    outputs: _Stream,
+    inputs: Stream,
+    outputs: Stream,
     settings: BlockSettings,
     count: int,
 ) -> None:
     """Run a stream through a block."""
     device = next(block.parameters()).device
-    for rows in _parts(count, settings.batch_size):
+    for rows in parts(count, settings.batch_size):
         with autocast(settings.precision, device):
             made = blocks.run(index, block, inputs.read(rows, device))
         outputs.write(rows, made)
@@ -343,7 +178,7 @@ def _compensate(
     blocks: Blocks,
     index: int,
     block: nn.Module,
-    inputs: _Stream,
+    inputs: Stream,
     settings: BlockSettings,
     count: int,
 ) -> None:
@@ -360,7 +195,7 @@ def _compensate(
             hessian.addmm_(rows.T, rows)
 
         hook = layers[0].register_forward_pre_hook(add)
-        for rows in _parts(count, settings.batch_size):
+        for rows in parts(count, settings.batch_size):
             with autocast(settings.precision, device):
                 blocks.run(index, block, inputs.read(rows, device))
         hook.remove()
@@ -381,8 +216,8 @@ def _train(
     blocks: Blocks,
     index: int,
     block: nn.Module,
-    inputs: _Stream,
-    targets: _Stream,
+    inputs: Stream,
+    targets: Stream,
     settings: BlockSettings,
     count: int,
 ) -> tuple[float, float]:
@@ -404,7 +239,7 @@ def _train(
     errors = []
     for _ in range(settings.epochs):
         order = torch.randperm(count, generator=dice)
-        for part in _parts(count, settings.batch_size):
+        for part in parts(count, settings.batch_size):
             rows = order[part]
             wanted = targets.read(rows, device)
             with autocast(settings.precision, device):
@@ -425,15 +260,15 @@ def _measured(
     blocks: Blocks,
     index: int,
     block: nn.Module,
-    inputs: _Stream,
-    targets: _Stream,
+    inputs: Stream,
+    targets: Stream,
     settings: BlockSettings,
     count: int,
 ) -> float:
     """The relative error of a block that is not trained."""
     device = next(block.parameters()).device
     errors = []
-    for rows in _parts(count, settings.batch_size):
+    for rows in parts(count, settings.batch_size):
         with autocast(settings.precision, device):
             made = blocks.run(index, block, inputs.read(rows, device))
         errors.append(float(_relative_error(made, targets.read(rows, device))))

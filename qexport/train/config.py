@@ -13,6 +13,7 @@ import torch
 from qexport.errors import InputError
 from qexport.grid import SUPER_BLOCKS, Scheme
 from qexport.paretoq import WIDTHS, Gradient
+from qexport.train import zero
 from qexport.train.ranks import world_size
 from qexport.train.recipe import RECIPES, Recipe
 
@@ -113,8 +114,6 @@ class TrainConfig:
             raise InputError(f"--group-size {self.group_size} is not a group; use -1 per channel.")
         if self.target is not None:
             self._check_target(self.target)
-        if self.max_steps is not None and self.max_steps < 0:
-            raise InputError(f"--max-steps {self.max_steps} is negative.")
         for rule in self.module_bits:
             _parse_rule(rule)
         weighted = [weight is not None for _, weight in self.sources]
@@ -122,47 +121,64 @@ class TrainConfig:
             raise InputError("--data: give a weight to every source, as in FILE=0.5, or to none.")
         if self.recipe not in RECIPES:
             raise InputError(f"there is no --recipe {self.recipe}; there are {', '.join(RECIPES)}.")
+        self._check_numbers()
+        self._check_settings(self.settings)
+        self._check_processes()
+
+    def _check_numbers(self) -> None:
+        if not 0 <= self.warmup < 1:
+            raise InputError(f"--warmup {self.warmup} is not a share between 0 and 1.")
+        smallest = {
+            **{"max_length": 2, "batch_size": 1, "gradient_accumulation": 1, "save_steps": 1},
+            **{"max_steps": 0, "teacher_top_k": 0},
+        }
+        for name, least in smallest.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                option = name.replace("_", "-")
+                said = "is negative" if least == 0 else f"is less than {least}"
+                raise InputError(f"--{option} {value} {said}.")
+
+    def _check_settings(self, settings: Recipe) -> None:
+        """Of the recipe, and of what was given in its place."""
         for name in ("lr", "scale_lr", "block_lr", "block_scale_lr"):
-            if not 0 < getattr(self.settings, name) < 1:
-                raise InputError(f"{_flag(name, self)} is not between 0 and 1.")
+            if not 0 < getattr(settings, name) < 1:
+                raise InputError(f"{_flag(name, self)} is not between 0 and 1, both excluded.")
         for name in ("distill", "mix"):
-            if not 0 <= getattr(self.settings, name) <= 1:
+            if not 0 <= getattr(settings, name) <= 1:
                 raise InputError(f"{_flag(name, self)} is not a share from 0 to 1.")
-        if not 0 < self.settings.temperature < 100:
+        if not 0 < settings.temperature < 100:
             raise InputError(f"{_flag('temperature', self)} is not between 0 and 100.")
         for name in ("mix_steps", "block_epochs", "block_compensated"):
-            if getattr(self.settings, name) < 0:
+            if getattr(settings, name) < 0:
                 raise InputError(f"{_flag(name, self)} is negative.")
         for name in ("block_windows", "block_batch"):
-            if getattr(self.settings, name) < 1:
+            if getattr(settings, name) < 1:
                 raise InputError(f"{_flag(name, self)} is less than 1.")
-        if self.shard and world_size() == 1:
-            raise InputError("--shard wants several processes; start them with torchrun.")
-        if self.deepspeed is not None and (self.shard or self.settings.mix_steps):
-            raise InputError("--deepspeed goes with neither --shard nor --mix-steps.")
-        if self.deepspeed is not None and "LOCAL_RANK" not in os.environ:
-            raise InputError("--deepspeed wants torchrun, or accelerate launch.")
-        if self.optimizer == "adamw8bit" and (self.shard or self.deepspeed is not None):
-            raise InputError("--optimizer adamw8bit goes with neither --shard nor --deepspeed.")
-        if self.precision == "fp16" and self.deepspeed is not None:
-            raise InputError("--precision fp16 does not go with --deepspeed; use bf16.")
-        if self.offload and not self.shard:
-            raise InputError("--offload goes with --shard.")
-        if self.teacher_top_k < 0:
-            raise InputError(f"--teacher-top-k {self.teacher_top_k} is negative.")
-        if self.bits == DENSE and self.settings.has_start:
+        if self.bits == DENSE and settings.has_start:
             raise InputError(
                 "--bits 16 has no blocks to start with; leave out --block-epochs and -compensated."
             )
-        if self.phase == "block" and not self.settings.has_start:
+        if self.phase == "block" and not settings.has_start:
             raise InputError(f"--phase block: {self.recipe} has none; give --block-epochs too.")
-        if not 0 <= self.warmup < 1:
-            raise InputError(f"--warmup {self.warmup} is not a share between 0 and 1.")
-        for name in ("max_length", "batch_size", "gradient_accumulation", "save_steps"):
-            smallest = 2 if name == "max_length" else 1
-            if getattr(self, name) < smallest:
-                option = name.replace("_", "-")
-                raise InputError(f"--{option} {getattr(self, name)} is less than {smallest}.")
+
+    def _check_processes(self) -> None:
+        """What spreads a run over processes, and what does not go with it."""
+        if self.shard and world_size() == 1:
+            raise InputError("--shard wants several processes; start them with torchrun.")
+        if self.offload and not self.shard:
+            raise InputError("--offload goes with --shard.")
+        if self.optimizer == "adamw8bit" and (self.shard or self.deepspeed is not None):
+            raise InputError("--optimizer adamw8bit goes with neither --shard nor --deepspeed.")
+        if self.deepspeed is None:
+            return
+        if self.shard or self.settings.mix_steps:
+            raise InputError("--deepspeed goes with neither --shard nor --mix-steps.")
+        if self.precision == "fp16":
+            raise InputError("--precision fp16 does not go with --deepspeed; use bf16.")
+        if "LOCAL_RANK" not in os.environ:
+            raise InputError("--deepspeed wants torchrun, or accelerate launch.")
+        zero.configuration(self.deepspeed, batch_size=1, gradient_accumulation=1, bf16=False)
 
     def _check_target(self, target: str) -> None:
         block = TARGETS.get(target)

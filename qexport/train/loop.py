@@ -44,12 +44,9 @@ def train(config: TrainConfig, console: Console, *, dry_run: bool = False) -> di
     finished is not trained again. Raises InputError, DataError or CheckpointError before anything
     is written where the model, the data or the output folder will not do.
     """
+    _check_packages(config)
     join(deepspeed=config.deepspeed is not None)
     console.quiet = console.quiet or not is_main()
-    if config.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
-        raise UnsupportedError(
-            "--optimizer adamw8bit wants bitsandbytes: pip install bitsandbytes."
-        )
     source = _dense_source(config.model)
     found = finished(config)
     if found is not None:
@@ -161,6 +158,17 @@ def _trained(
         with contextlib.closing(report):
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     return trainer
+
+
+def _check_packages(config: TrainConfig) -> None:
+    """Raise UnsupportedError where an option wants a package that is not installed."""
+    wanted = {
+        "--optimizer adamw8bit": ("bitsandbytes", config.optimizer == "adamw8bit"),
+        "--deepspeed": ("deepspeed", config.deepspeed is not None),
+    }
+    for option, (package, asked) in wanted.items():
+        if asked and importlib.util.find_spec(package) is None:
+            raise UnsupportedError(f"{option} wants {package}: pip install {package}.")
 
 
 def _dense_source(folder: Path) -> Checkpoint:

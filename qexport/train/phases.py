@@ -10,9 +10,10 @@ from torch import Tensor
 
 from qexport.checkpoint import Checkpoint
 from qexport.modelling import build_model
-from qexport.train.block import Blocks, BlockSettings, train_blocks
+from qexport.train.block import BlockSettings, train_blocks
 from qexport.train.config import TrainConfig
 from qexport.train.distill import CachedTeacher, LiveTeacher, Teacher
+from qexport.train.layers import Blocks
 from qexport.train.precision import autocast
 from qexport.train.ranks import barrier, is_main
 from qexport.train.run_folder import BLOCKS, TEACHER

@@ -17,7 +17,7 @@ from qexport.output import write_json
 from qexport.page import Page, Table, html
 from qexport.svg import line_chart
 from qexport.tensor import QuantizedTensor, quantize
-from qexport.train.block import Blocks
+from qexport.train.layers import Blocks
 
 __all__ = ["report", "write_report"]
 

@@ -10,8 +10,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
 from qexport.checkpoint import Checkpoint
 from qexport.modelling import meta_model
-from qexport.train.block import Blocks, block_parameters
+from qexport.train.block import block_parameters
 from qexport.train.config import TrainConfig
+from qexport.train.layers import Blocks
 from qexport.train.prepare import prepare, store
 from qexport.train.ranks import world_size
 

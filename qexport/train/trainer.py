@@ -186,6 +186,27 @@ def make_trainer(
     report: ProgressReport,
 ) -> QatTrainer:
     """A trainer for a prepared `model` over a text's windows, told of by `report`."""
+    arguments = _arguments(config, max_steps, precision)
+    if config.deepspeed is not None:
+        count_processes()
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would multiply the batch
+    total = max(max_steps, 1) * config.windows_per_step
+    dataset = MixedWindows(text.rows, total, config.seed, text.sizes, text.weights)
+    trainer = QatTrainer(model=model, args=arguments, train_dataset=dataset)
+    trainer.settings = config.settings
+    if config.settings.mix_steps:
+        trainer.add_callback(Mixing(config.settings.mix_steps, config.settings.mix))
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
+            trainer.remove_callback(callback)
+    trainer.add_callback(report)
+    if is_main():
+        trainer.add_callback(TensorBoardLog(str(config.output / "logs")))
+    trainer.add_callback(_LossSoFar(trainer))
+    return trainer
+
+
+def _arguments(config: TrainConfig, max_steps: int, precision: str) -> TrainingArguments:
     deepspeed = None
     if config.deepspeed is not None:
         deepspeed = zero.configuration(
@@ -194,7 +215,7 @@ def make_trainer(
             gradient_accumulation=config.gradient_accumulation,
             bf16=precision == "bf16",
         )
-    arguments = TrainingArguments(
+    return TrainingArguments(
         output_dir=str(config.output),
         max_steps=max(max_steps, 1),
         per_device_train_batch_size=config.batch_size,
@@ -224,20 +245,3 @@ def make_trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
         restore_callback_states_from_checkpoint=False,
     )
-    if deepspeed is not None:
-        count_processes()
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would multiply the batch
-    total = max(max_steps, 1) * config.windows_per_step
-    dataset = MixedWindows(text.rows, total, config.seed, text.sizes, text.weights)
-    trainer = QatTrainer(model=model, args=arguments, train_dataset=dataset)
-    trainer.settings = config.settings
-    if config.settings.mix_steps:
-        trainer.add_callback(Mixing(config.settings.mix_steps, config.settings.mix))
-    for callback in list(trainer.callback_handler.callbacks):
-        if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
-            trainer.remove_callback(callback)
-    trainer.add_callback(report)
-    if is_main():
-        trainer.add_callback(TensorBoardLog(str(config.output / "logs")))
-    trainer.add_callback(_LossSoFar(trainer))
-    return trainer

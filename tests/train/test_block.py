@@ -20,7 +20,7 @@ from qexport.formats.pack import pack
 from qexport.modelling import build_model
 from qexport.tiny import write_tiny_model
 from qexport.train import TrainConfig, train
-from qexport.train.block import Blocks
+from qexport.train.layers import Blocks
 from tests.runtime.families import FAMILIES, make
 
 CPU = torch.device("cpu")

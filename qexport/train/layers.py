@@ -1,0 +1,127 @@
+"""A checkpoint's decoder blocks, one in memory at a time, and the activations between them."""
+
+import ctypes
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qexport.checkpoint import Checkpoint
+from qexport.modelling import meta_model
+from qexport.tensor import QuantizedTensor
+
+__all__ = ["Blocks", "Stream"]
+
+
+class Blocks:
+    """The decoder blocks of a checkpoint, dense or dequantized, made one at a time.
+
+    The model's own forward pass runs over a body that holds a single block, so that masks, rotary
+    embeddings and whatever else a family does around its blocks are transformers' own.
+    """
+
+    def __init__(self, source: Checkpoint, stored: torch.dtype, device: torch.device) -> None:
+        self._source = source
+        self._stored = stored
+        self._device = device
+        self._model = meta_model(source)
+        self._body = self._model.model
+        self._layers = list(self._body.layers)
+        self._types = getattr(self._model.config, "layer_types", None)
+        self._norm, self._body.norm = self._body.norm, nn.Identity()
+        self._body.rotary_emb = type(self._body.rotary_emb)(config=self._model.config).to(device)
+        self._model.config.num_hidden_layers = 1
+        self._model.config.use_cache = False
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def name(self, index: int) -> str:
+        """Where a block stands in the model, with a dot at the end."""
+        return f"model.layers.{index}."
+
+    def make(self, index: int) -> nn.Module:
+        """A block with its float32 weights."""
+        prefix = self.name(index)
+        block: nn.Module = self._layers[index].to_empty(device=self._device)
+        state = {
+            name: self._read(prefix + name).to(self._device) for name, _ in block.named_parameters()
+        }
+        block.load_state_dict(state, strict=True)
+        return block
+
+    def release(self, index: int) -> None:
+        """Forget a block's weights."""
+        self._layers[index] = self._layers[index].to("meta")
+        _trim()
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """What enters the first block, for tokens [n, length]: [n, length, hidden]."""
+        table = self._body.embed_tokens
+        if table.weight.is_meta:
+            table.to_empty(device=self._device)
+            table.weight.data.copy_(self._read("model.embed_tokens.weight"))
+        made: Tensor = table(tokens.to(self._device))
+        return made.detach()
+
+    def forget_embeddings(self) -> None:
+        """They are large."""
+        self._body.embed_tokens.to("meta")
+
+    def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's output [n, length, hidden]."""
+        self._body.layers = nn.ModuleList([block])
+        if self._types is not None:
+            self._model.config.layer_types = [self._types[index]]
+        out: Tensor = self._body(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        return out
+
+    def logits(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Of the last block, and of what comes after it [n, length, vocabulary]."""
+        head = self._model.lm_head
+        if self._norm.weight.is_meta:
+            self._fill(self._norm, "model.norm.")
+            tied = "lm_head.weight" not in self._source
+            self._fill(head, "model.embed_tokens." if tied else "lm_head.")
+        self._body.norm = self._norm
+        self._body.layers = nn.ModuleList([block])
+        if self._types is not None:
+            self._model.config.layer_types = [self._types[-1]]
+        out: Tensor = self._model(inputs_embeds=hidden, use_cache=False).logits
+        self._body.norm = nn.Identity()
+        return out
+
+    def _fill(self, module: nn.Module, prefix: str) -> None:
+        module.to_empty(device=self._device)
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.copy_(self._read(prefix + name))
+
+    def _read(self, name: str) -> Tensor:
+        value = self._source[name]
+        if isinstance(value, QuantizedTensor):
+            return value.dequantize()
+        return value.to(self._stored).float()
+
+
+def _trim() -> None:
+    """Have the C library give back what is free: by itself it keeps a part of every block."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
+
+
+class Stream:
+    """Activations [n, length, hidden] in a file that is mapped: what is not used stays on disk."""
+
+    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        self._data = torch.from_file(
+            str(path), shared=True, size=math.prod(shape), dtype=dtype
+        ).view(shape)
+
+    def read(self, rows: Tensor | slice, device: torch.device) -> Tensor:
+        return self._data[rows].to(device).float()
+
+    def write(self, rows: slice, values: Tensor) -> None:
+        self._data[rows] = values.to(self._data.dtype).cpu()
