@@ -10,7 +10,8 @@ RTN         rounded, scales by least squares
 end to end  trained without a start, in the same time as the next one
 QAT         by the `fast` recipe: GPTQ's rounding, block by block, then end to end
 
-Every row is kept as soon as it is there, and is not made again: a width takes half an hour.
+Every row is recorded as soon as it is there, and is not made again (remove it from the JSON for
+that): a width takes half an hour.
 """
 
 import argparse
@@ -23,16 +24,16 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.demo import OUTPUT, fetch
-from benchmarks.machine import record
+from benchmarks.machine import place, record
 from qexport.data import documents, tokenize
 from qexport.evaluate import evaluate
-from qexport.output import write_json
 from qexport.runtime.loader import open_model
 from qexport.train import TrainConfig, train
 
 NAME = "accuracy-smollm2"
-WIDTHS = ("3", "4", "1.58", "1", "2")
+WIDTHS = ("4", "3", "2", "1.58", "1")
 WINDOW = 256
+GROUP = 64
 BATCH = 8
 TOKENS = {"train": 200_000, "eval": 20_000}  # that the model writes
 STEPS = 120  # end to end
@@ -63,7 +64,7 @@ def trained(name: str, **settings: Any) -> dict[str, Any]:
         data=("builtin", str(generated("train"))),
         eval_data="builtin",
         output=OUTPUT / "accuracy" / name,
-        group_size=64,
+        group_size=GROUP,
         max_length=WINDOW,
         batch_size=BATCH,
         save_steps=50,
@@ -126,8 +127,8 @@ def main() -> None:
     parser.add_argument("--width", nargs="*", choices=WIDTHS, default=list(WIDTHS))
     parser.add_argument("--rows", nargs="*", help="these alone: dense, '2 QAT', '2 end to end', …")
     asked = parser.parse_args()
-    kept = OUTPUT / f"{NAME}.json"
-    done: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    kept = place(NAME)
+    done: dict[str, Any] = json.loads(kept.read_text())["rows"] if kept.exists() else {}
     rows = dense_rows()
     for bits in asked.width:
         rows |= width_rows(bits)
@@ -137,21 +138,17 @@ def main() -> None:
         if name not in done and (not asked.rows or name in asked.rows):
             console.print(f"[{name}]", markup=False)
             done[name] = make(done)
-            write_json(kept, done)
-    if "fine-tuned" in done:
-        show(done)
+            record(NAME, {"window": WINDOW, "group_size": GROUP, "rows": done})
+    show(done)
 
 
 def show(done: dict[str, Any]) -> None:
-    """The table of what is there, printed and recorded."""
-    tuned = done["fine-tuned"]["builtin"]
+    """The table of what is there."""
+    tuned = done["fine-tuned"]["builtin"] if "fine-tuned" in done else float("nan")
     for name, row in done.items():
-        row["over_fine_tuned"] = row["builtin"] / tuned
-        figures = f"builtin {row['builtin']:.2f}, {row['over_fine_tuned']:.2f} of fine-tuned; "
+        figures = f"builtin {row['builtin']:.2f}, {row['builtin'] / tuned:.2f} of fine-tuned; "
         figures += f"generated {row['generated']:.2f}; {row['tokens']:,} tokens"
         console.print(f"{name:18} {figures}, {row['minutes']:.1f} min")
-    path = record(NAME, {"window": WINDOW, "group_size": 64, "rows": done})
-    console.print(f"recorded {path.name}")
 
 
 if __name__ == "__main__":
