@@ -126,6 +126,7 @@ def train_blocks(
 
 
 def named(choose: Choose, prefix: str, name: str) -> Scheme | None:
+    """`choose` for the layers of a block, which have short names."""
     return choose(prefix + name)
 
 
@@ -152,6 +153,7 @@ def _done(folder: Path) -> int:
 
 
 def parts(count: int, size: int) -> Iterator[slice]:
+    """`count` rows, `size` at a time."""
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 

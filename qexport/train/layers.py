@@ -121,7 +121,9 @@ class Stream:
         ).view(shape)
 
     def read(self, rows: Tensor | slice, device: torch.device) -> Tensor:
+        """Float32 [rows, length, hidden]."""
         return self._data[rows].to(device).float()
 
     def write(self, rows: slice, values: Tensor) -> None:
+        """Rounded to the file's dtype."""
         self._data[rows] = values.to(self._data.dtype).cpu()

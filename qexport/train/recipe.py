@@ -64,8 +64,8 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         **{"16": _FINE, "4": _FINE, "3": _FINE},
         **{"2": _COARSE, "1.58": _COARSE, "1": _COARSE},
     },
-    # for minutes on a small machine: GPTQ, then blocks, then the rest with a teacher; rates grow
-    # with the distance between two codes (docs/log.md: what was measured, at 2 bits so far)
+    # for minutes on a small machine: GPTQ, then blocks, then the rest, with a teacher where codes
+    # are far apart; rates grow with that distance (benchmarks/accuracy.py measures it)
     "fast": {
         "16": Recipe(5e-5, 5e-5),
         "4": _fast(5e-5, 0.0, 1e-4),
