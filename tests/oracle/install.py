@@ -26,10 +26,10 @@ LOADERS = [
 # beside the engines, in a folder of its own: accelerate imports it wherever it can
 DEEPSPEED = [
     *("deepspeed==0.19.8", "hjson==3.1.0", "py-cpuinfo==9.0.0", "einops==0.8.2"),
-    *("msgpack==1.2.4", "ninja"),
+    "msgpack==1.2.4",
 ]
 # of what qexport requires, what the engines do not bring
-OURS = ["click", "rich", "datasets", "accelerate"]
+OURS = ["click", "rich", "datasets", "accelerate", "ninja"]  # with which DeepSpeed compiles
 
 
 def main() -> None:

@@ -95,11 +95,9 @@ def deepspeed() -> tuple[list[str], dict[str, str]]:
     """Options and environment of a training by ZeRO-2, on CPUs."""
     folder = str(FOLDER / "deepspeed")
     path = Path(__file__).parent.parent.parent / "examples" / "zero2.json"
-    return ["--deepspeed", str(path)], {
-        **ENVIRONMENT,
-        "PYTHONPATH": folder,
-        "DS_ACCELERATOR": "cpu",
-    }
+    programs = f"{FOLDER / 'bin'}{os.pathsep}{os.environ['PATH']}"  # ninja
+    environment = {**ENVIRONMENT, "PYTHONPATH": folder, "PATH": programs, "DS_ACCELERATOR": "cpu"}
+    return ["--deepspeed", str(path)], environment
 
 
 @NEEDS_ENVIRONMENT
