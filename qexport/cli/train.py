@@ -132,6 +132,8 @@ def command(model: str | None, smoke: bool, dry_run: bool, as_json: bool, **opti
     in any format.
     """
     if smoke:
+        if model or options["output"]:
+            raise click.UsageError("--smoke has a model and a folder of its own; leave them out.")
         _smoke(as_json)
         return
     if options["target"] and not options["bits"]:

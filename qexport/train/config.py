@@ -296,6 +296,8 @@ def _parse_source(text: str) -> tuple[str, float | None]:
     try:
         found = float(weight)
     except ValueError:
+        if Path(name).is_file():
+            raise InputError(f"--data {text}: {weight!r} is no weight; give a number.") from None
         return text, None
     if not sign:
         return text, None

@@ -43,9 +43,11 @@ def finished(config: TrainConfig) -> dict[str, Any] | None:
         raise CheckpointError(f"{config.output}/qexport.json is damaged; --no-resume starts over.")
     for key, value in mine.items():
         if theirs.get(key) != value:
+            plain = not isinstance(value, (list, dict))
+            how = f"{key} {theirs.get(key)!r}, now {value!r}" if plain else f"its {key} was another"
             raise InputError(
-                f"{config.output} holds another run ({key} {theirs.get(key)!r}, now {value!r}); "
-                "choose another -o, or --no-resume to start over."
+                f"{config.output} holds another run ({how}); choose another -o, or --no-resume to "
+                "start over."
             )
     if found.get("status") != "finished":
         return None
