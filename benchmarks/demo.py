@@ -158,7 +158,7 @@ def evaluate(path: Path) -> dict[str, Any]:
     if cache.exists() and (held := json.loads(cache.read_text()))["identity"] == identity:
         result: dict[str, Any] = held["result"]
         return result
-    result = qexport("eval", path, "--data", "builtin")
+    result = {**qexport("eval", path, "--data", "builtin"), "path": str(path.relative_to(ROOT))}
     write_json(cache, {"identity": identity, "result": result})
     return result
 
