@@ -1,11 +1,11 @@
 """The `qexport` command. Subcommands, one file each, are imported only when they are called."""
 
 import importlib
-import signal
 import sys
 
 import click
 
+from qexport.cli import interrupts
 from qexport.cli.common import fail
 from qexport.errors import QexportError
 from qexport.version import __version__
@@ -62,7 +62,7 @@ def group() -> None:
 
 def main() -> None:
     """Run the command line; a user's mistake ends in one sentence, not a traceback."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    interrupts.install()
     try:
         code = group.main(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)

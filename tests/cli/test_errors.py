@@ -304,9 +304,32 @@ def test_an_interrupted_run_leaves_nothing(
         _, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
+        process.wait()
     assert process.returncode == code, stderr
     assert "Traceback" not in stderr
     assert listing(place) == set()
+
+
+@pytest.mark.parametrize(("kind", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])
+def test_a_signal_is_not_lost_in_a_callback(kind: signal.Signals, code: int) -> None:
+    """Python drops exceptions there; torch's compiler has many callbacks."""
+    script = f"""
+import signal, time, weakref
+from qexport.cli import interrupts
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+interrupts.install()
+thing = type("Thing", (), {{}})()
+reference = weakref.ref(thing, lambda _: signal.raise_signal({int(kind)}))
+del thing
+print("lost")
+time.sleep(60)
+"""
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert result.stdout == "lost\n"
+    assert result.returncode == code, result.stderr
+    assert "ignored" not in result.stderr
 
 
 def test_two_trainers_do_not_share_a_folder(cli: Cli, tiny_model: Path, place: Path) -> None:
@@ -344,7 +367,9 @@ def test_config_files(cli: Cli, tiny_model: Path, place: Path) -> None:
 
 
 def test_missing_arguments_are_named(cli: Cli, tiny_model: Path) -> None:
-    result = cli("train", tiny_model, "--data", "builtin")
-    assert result.returncode == 2
-    assert "Missing --bits" in one_sentence(result.stderr)
+    arguments: tuple[object, ...] = ("train", tiny_model, "--data", "builtin")
+    for missing, given in (("--output", ()), ("--bits", ("-o", "run"))):
+        result = cli(*arguments, *given)
+        assert result.returncode == 2
+        assert f"Missing {missing}" in one_sentence(result.stderr)
     assert cli("tran").returncode == 2
