@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qexport.chat import Span, render, replies
-from qexport.errors import DataError, InputError
+from qexport.errors import DataError, InputError, first_line
 
 __all__ = [
     "Document",
@@ -190,10 +190,6 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
 def _hub(source: str) -> Iterator[tuple[Any, str]]:
     import datasets
 
@@ -215,7 +211,7 @@ def _hub(source: str) -> Iterator[tuple[Any, str]]:
         except Exception as error:  # as above, and whatever is in the files
             raise DataError(
                 f"{source} cannot be read as a dataset after {number} rows "
-                f"({_first_line(error)}); give its .jsonl files one by one."
+                f"({first_line(error)}); give its .jsonl files one by one."
             ) from error
         found, number = True, number + 1
         yield row, f"{source} row {number}"

@@ -57,3 +57,8 @@ class UnsupportedError(QexportError):
     """This machine, or the engine asked for, cannot do it."""
 
     exit_code = 4
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says first, short enough for a sentence of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

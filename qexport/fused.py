@@ -8,8 +8,9 @@ import torch
 
 __all__ = ["compiled"]
 
-# Sizes are variables, as a model has a handful of shapes; the constants of a grid are constants.
-_OPTIONS = {"specialize_float": True, "recompile_limit": 64}
+# One piece of code for each shape and grid, as sizes that vary cost a division a weight. A model
+# has a handful; a process that trains many models has more than torch expects of one function.
+_LIMITS = {"recompile_limit": 1 << 12, "accumulated_recompile_limit": 1 << 12}
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -17,7 +18,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
-        with torch._dynamo.config.patch(_OPTIONS):
+        with torch._dynamo.config.patch(_LIMITS):
             return _compiler(function)(*args)
 
     return call

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from qexport.checkpoint import Checkpoint
-from qexport.errors import CheckpointError, InputError
+from qexport.errors import CheckpointError, InputError, first_line
 from qexport.llama_like import LLAMA_LIKE, extend
 
 __all__ = ["build_model", "load_tokenizer", "meta_model"]
@@ -46,7 +46,7 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, read: Callable[[str]
         )
     except (ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(
-            f"{checkpoint.folder}: its tensors do not fit its config ({_first_line(error)})."
+            f"{checkpoint.folder}: its tensors do not fit its config ({first_line(error)})."
         ) from error
     lacking = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
     if lacking:
@@ -75,7 +75,7 @@ def _generation_config(folder: Path) -> Any:
         return GenerationConfig.from_pretrained(folder)
     except Exception as error:  # transformers raises whatever a damaged file made it trip over
         raise CheckpointError(
-            f"{folder}/generation_config.json is damaged ({_first_line(error)})."
+            f"{folder}/generation_config.json is damaged ({first_line(error)})."
         ) from error
 
 
@@ -85,7 +85,7 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever a damaged file made it trip over
         raise CheckpointError(
-            f"{folder} has no tokenizer that transformers can load ({_first_line(error)})."
+            f"{folder} has no tokenizer that transformers can load ({first_line(error)})."
         ) from error
 
 
@@ -109,9 +109,5 @@ def _config(checkpoint: Checkpoint) -> Any:
     except Exception as error:  # config classes check their fields with errors of their own
         raise InputError(
             f"{checkpoint.folder}: transformers makes no {model_type!r} model of its config "
-            f"({_first_line(error)})."
+            f"({first_line(error)})."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

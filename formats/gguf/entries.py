@@ -15,7 +15,8 @@ from torch import Tensor
 from qexport.checkpoint import Entry, Modules, modules_from_json
 from qexport.errors import CheckpointError
 from qexport.formats.base import EMBEDDINGS
-from qexport.formats.gguf.blocks import BY_ID, Block, Decoded
+from qexport.formats.gguf.block import Block, Decoded
+from qexport.formats.gguf.blocks import BY_ID
 from qexport.formats.gguf.container import GgufFile, TensorInfo
 from qexport.formats.gguf.names import Rows, to_gguf
 from qexport.grid import Grid, Scheme

@@ -22,7 +22,8 @@ from qexport.checkpoint import (
 )
 from qexport.errors import CheckpointError, InputError, RefusedError
 from qexport.formats.base import EMBEDDINGS, Format, Layout, Options, Plan, ReadBack, Verdict
-from qexport.formats.gguf.blocks import BLOCKS, BY_ID, Block
+from qexport.formats.gguf.block import Block
+from qexport.formats.gguf.blocks import BLOCKS, BY_ID
 from qexport.formats.gguf.container import GgufFile, Value, plan_file
 from qexport.formats.gguf.entries import (
     DENSE_IDS,

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from qexport.formats.gguf.blocks import BLOCKS, Q6_K
+from qexport.formats.gguf.blocks import BLOCKS
+from qexport.formats.gguf.k_blocks import Q6_K
 from qexport.grid import INT8
 
 __all__ = ["round_to_q6_k", "round_to_q8_0"]

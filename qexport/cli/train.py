@@ -136,16 +136,18 @@ def command(model: str | None, smoke: bool, dry_run: bool, as_json: bool, **opti
             raise click.UsageError("--smoke has a model and a folder of its own; leave them out.")
         _smoke(as_json)
         return
-    if options["target"] and not options["bits"]:
-        options["bits"] = {"gguf:Q2_K": "2", "gguf:Q3_K": "3"}.get(options["target"], "2")
-    for name, value in (("MODEL", model), *((f"--{n}", options[n]) for n in _REQUIRED)):
+    required = {"MODEL": model, **{f"--{name}": options[name] for name in _REQUIRED}}
+    required["--bits"] = options["bits"] or options["target"]  # which says them
+    for name, value in required.items():
         if not value:
             raise click.UsageError(f"Missing {name}.", click.get_current_context())
     from qexport.hub import local_folder
     from qexport.train import TrainConfig, train
+    from qexport.train.config import target_bits
     from qexport.train.ranks import is_main
 
     assert model is not None
+    options["bits"] = options["bits"] or target_bits(options["target"])
     group_size = options.pop("group_size")
     config = TrainConfig(
         model=local_folder(model),
@@ -161,7 +163,7 @@ def command(model: str | None, smoke: bool, dry_run: bool, as_json: bool, **opti
         _report(config.output, results)
 
 
-_REQUIRED = ("data", "bits", "output")
+_REQUIRED = ("data", "output")
 
 
 def _report(run: Path, results: dict[str, Any]) -> None:

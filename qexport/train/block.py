@@ -11,6 +11,7 @@ was in.
 
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -34,10 +35,9 @@ from qexport.train.prepare import Choose, FakeQuantize, prepare
 __all__ = [
     "DONE",
     "BlockSettings",
-    "block_parameters",
     "load_blocks",
-    "named",
     "parts",
+    "prepared_block",
     "train_blocks",
 ]
 
@@ -105,7 +105,7 @@ def train_blocks(
         block = blocks.make(index)
         inputs, targets = stream("quantized", index), stream("dense", index + 1)
         _advance(blocks, index, block, stream("dense", index), targets, settings, len(windows))
-        own = partial(named, choose, blocks.name(index))
+        own = partial(_named, choose, blocks.name(index))
         prepare(block, own, scale_init, stored, settings.gradient, settings.fused)
         if settings.compensated:
             _compensate(blocks, index, block, inputs, settings, len(windows))
@@ -125,7 +125,27 @@ def train_blocks(
         tell(index, before, after)
 
 
-def named(choose: Choose, prefix: str, name: str) -> Scheme | None:
+def prepared_block(
+    blocks: Blocks,
+    index: int,
+    choose: Choose,
+    scale_init: Literal["paper", "mse"],
+    stored: torch.dtype,
+    gradient: Gradient,
+    *,
+    fused: bool,
+    trained: Path,
+) -> nn.Module:
+    """A block made trainable, with what the folder `trained` has of it, if it has."""
+    block, prefix = blocks.make(index), blocks.name(index)
+    prepare(block, partial(_named, choose, prefix), scale_init, stored, gradient, fused)
+    found = _parameters(trained, index).items()
+    if found:
+        block.load_state_dict({name.removeprefix(prefix): value for name, value in found})
+    return block
+
+
+def _named(choose: Choose, prefix: str, name: str) -> Scheme | None:
     """`choose` for the layers of a block, which have short names."""
     return choose(prefix + name)
 
@@ -135,11 +155,11 @@ def load_blocks(folder: Path, model: nn.Module) -> None:
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for index in range(_done(folder)):
-            for name, value in block_parameters(folder, index).items():
+            for name, value in _parameters(folder, index).items():
                 parameters[name].copy_(value)
 
 
-def block_parameters(folder: Path, index: int) -> dict[str, Tensor]:
+def _parameters(folder: Path, index: int) -> dict[str, Tensor]:
     """What was trained of a block, by the names of a prepared model; nothing if it was not."""
     path = folder / f"block-{index}.safetensors"
     return load_file(path) if index < _done(folder) else {}
@@ -168,11 +188,25 @@ def _advance(
     count: int,
 ) -> None:
     """Run a stream through a block."""
+    for rows, made in _outputs(blocks, index, block, inputs, settings, count):
+        outputs.write(rows, made)
+
+
+@torch.no_grad()
+def _outputs(
+    blocks: Blocks,
+    index: int,
+    block: nn.Module,
+    inputs: Stream,
+    settings: BlockSettings,
+    count: int,
+) -> Iterator[tuple[slice, Tensor]]:
+    """What a block makes of the first `count` windows, a batch at a time."""
     device = next(block.parameters()).device
     for rows in parts(count, settings.batch_size):
         with autocast(settings.precision, device):
             made = blocks.run(index, block, inputs.read(rows, device))
-        outputs.write(rows, made)
+        yield rows, made
 
 
 @torch.no_grad()
@@ -197,9 +231,7 @@ def _compensate(
             hessian.addmm_(rows.T, rows)
 
         hook = layers[0].register_forward_pre_hook(add)
-        for rows in parts(count, settings.batch_size):
-            with autocast(settings.precision, device):
-                blocks.run(index, block, inputs.read(rows, device))
+        deque(_outputs(blocks, index, block, inputs, settings, count), maxlen=0)
         hook.remove()
         for layer in layers:
             if not parametrize.is_parametrized(layer, "weight"):
@@ -226,7 +258,11 @@ def _train(
     """Train one block; its relative error before the first step, and over the last quarter."""
     device = next(block.parameters()).device
     if not settings.epochs:
-        return (_measured(blocks, index, block, inputs, targets, settings, count),) * 2
+        found = [
+            float(_relative_error(made, targets.read(rows, device)))
+            for rows, made in _outputs(blocks, index, block, inputs, settings, count)
+        ]
+        return (sum(found) / len(found),) * 2
     scales = [p for name, p in block.named_parameters() if name.endswith(".alpha")]
     weights = [p for name, p in block.named_parameters() if not name.endswith(".alpha")]
     optimizer = torch.optim.AdamW(
@@ -255,26 +291,6 @@ def _train(
             errors.append(loss.item())
     last = errors[-max(1, len(errors) // 4) :]
     return errors[0], sum(last) / len(last)
-
-
-@torch.no_grad()
-def _measured(
-    blocks: Blocks,
-    index: int,
-    block: nn.Module,
-    inputs: Stream,
-    targets: Stream,
-    settings: BlockSettings,
-    count: int,
-) -> float:
-    """The relative error of a block that is not trained."""
-    device = next(block.parameters()).device
-    errors = []
-    for rows in parts(count, settings.batch_size):
-        with autocast(settings.precision, device):
-            made = blocks.run(index, block, inputs.read(rows, device))
-        errors.append(float(_relative_error(made, targets.read(rows, device))))
-    return sum(errors) / len(errors)
 
 
 def _relative_error(made: Tensor, wanted: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from qexport.train import zero
 from qexport.train.ranks import world_size
 from qexport.train.recipe import RECIPES, Recipe
 
-__all__ = ["DENSE", "TARGETS", "TrainConfig"]
+__all__ = ["DENSE", "TARGETS", "TrainConfig", "target_bits"]
 
 DENSE = "16"
 TARGETS = {f"gguf:{name}": block for name, block in SUPER_BLOCKS.items()}
@@ -181,11 +181,11 @@ class TrainConfig:
         zero.configuration(self.deepspeed, batch_size=1, gradient_accumulation=1, bf16=False)
 
     def _check_target(self, target: str) -> None:
-        block = TARGETS.get(target)
-        if block is None:
-            raise InputError(f"there is no --target {target}; there are {', '.join(TARGETS)}.")
-        if self.bits == DENSE or WIDTHS[self.bits].grid != block.grid:
-            raise InputError(f"--target {target} is of {block.grid.bits} bits, not {self.bits}.")
+        if self.bits != target_bits(target):
+            raise InputError(
+                f"--target {target} is of {target_bits(target)} bits, not {self.bits}."
+            )
+        block = TARGETS[target]
         if self.group_size not in (None, block.group_size) or self.scale_dtype != "portable":
             raise InputError(
                 f"--target {target} has groups of {block.group_size} and portable scales; leave "
@@ -269,6 +269,13 @@ class TrainConfig:
             found["eval_data"] = _resolved(self.eval_data, None)
         marked: dict[str, Any] = json.loads(json.dumps(found, default=str))  # lists, not tuples
         return marked
+
+
+def target_bits(target: str) -> str:
+    """The width that a target is of. Raises InputError where there is no such target."""
+    if target not in TARGETS:
+        raise InputError(f"there is no --target {target}; there are {', '.join(TARGETS)}.")
+    return str(TARGETS[target].grid.bits)
 
 
 def _flag(name: str, config: TrainConfig) -> str:

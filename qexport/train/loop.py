@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import math
 from collections import deque
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +27,7 @@ from qexport.train.prepare import prepare, quantized_modules, run_parts, run_ten
 from qexport.train.progress import ProgressReport
 from qexport.train.ranks import barrier, is_main, join
 from qexport.train.report import write_report
-from qexport.train.run_folder import BLOCKS, claimed, finished, write_run
+from qexport.train.run_folder import BLOCKS, claimed, finished, held_out_results, write_run
 from qexport.train.shard import load_sharded
 from qexport.train.text import MixedWindows, Text, Windows, load_text
 from qexport.train.trainer import QatTrainer, make_trainer
@@ -259,6 +258,5 @@ def _results(
     if held_out is not None:
         dataset = MixedWindows(held_out, len(held_out), 0)
         loss = trainer.evaluate(dataset)["eval_loss"]
-        results |= {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
-        results["eval_tokens"] = held_out.tokens.numel()
+        results |= held_out_results(loss, held_out.tokens.numel())
     return results

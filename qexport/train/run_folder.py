@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ from qexport.train.block import DONE
 from qexport.train.config import TrainConfig
 from qexport.train.ranks import barrier, is_main
 
-__all__ = ["BLOCKS", "TEACHER", "claimed", "finished", "write_run"]
+__all__ = ["BLOCKS", "TEACHER", "claimed", "finished", "held_out_results", "write_run"]
 
 BLOCKS, TEACHER = ".blocks", ".teacher"  # folders of what a resumed run need not do again
 
@@ -118,6 +119,12 @@ def _clear(run: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def held_out_results(loss: float, tokens: int) -> dict[str, Any]:
+    """What `all_results.json` says of a mean cross-entropy over held-out tokens."""
+    perplexity = math.exp(min(loss, 700.0))
+    return {"eval_loss": loss, "eval_perplexity": perplexity, "eval_tokens": tokens}
 
 
 def write_run(

@@ -1,6 +1,5 @@
 """FSDP2: weights, gradients and moments are spread over all processes, block by block."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
 from qexport.checkpoint import Checkpoint
 from qexport.modelling import meta_model
-from qexport.train.block import block_parameters
+from qexport.train.block import prepared_block
 from qexport.train.config import TrainConfig
 from qexport.train.layers import Blocks
-from qexport.train.prepare import prepare, store
+from qexport.train.prepare import store
 from qexport.train.ranks import world_size
 
 __all__ = ["load_sharded"]
@@ -37,12 +36,16 @@ def load_sharded(
     body.rotary_emb = type(body.rotary_emb)(config=model.config).to(device)
     makers = Blocks(source, torch.float32, device)
     for index in range(len(makers)):
-        made, prefix = makers.make(index), makers.name(index)
-        choose = partial(_named, config, prefix)
-        prepare(made, choose, config.scale_init, stored, config.settings.gradient, fused)
-        trained = block_parameters(blocks, index).items()
-        if trained:
-            made.load_state_dict({name.removeprefix(prefix): value for name, value in trained})
+        made = prepared_block(
+            makers,
+            index,
+            config.scheme_of,
+            config.scale_init,
+            stored,
+            config.settings.gradient,
+            fused=fused,
+            trained=blocks,
+        )
         fully_shard(made, mesh=mesh, offload_policy=policy)
         body.layers[index] = made
     _fill_rest(model, source, stored, device)
@@ -50,10 +53,6 @@ def load_sharded(
     # transformers' Trainer then leaves placement and gradients alone, instead of wrapping it in DDP
     model._is_distributed_loading_by_transformers = True
     return model
-
-
-def _named(config: TrainConfig, prefix: str, name: str) -> Any:
-    return config.scheme_of(prefix + name)
 
 
 def _fill_rest(model: Any, source: Checkpoint, stored: torch.dtype, device: torch.device) -> None:

@@ -29,6 +29,11 @@ class Windows:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def labels(self, rows: int | slice) -> Tensor:
+        """int64, of one window or several; IGNORED where a token is no target."""
+        tokens = self.tokens[rows].long()
+        return tokens if self.targets is None else tokens.masked_fill(~self.targets[rows], IGNORED)
+
     def __getitem__(self, rows: slice) -> "Windows":
         return Windows(self.tokens[rows], None if self.targets is None else self.targets[rows])
 
@@ -133,11 +138,11 @@ class MixedWindows(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         window = self.window(index)
-        row = self._rows.tokens[window].long()
-        labels = row
-        if self._rows.targets is not None:
-            labels = row.masked_fill(~self._rows.targets[window], IGNORED)
-        return {"input_ids": row, "labels": labels, "window": torch.tensor(window)}
+        return {
+            "input_ids": self._rows.tokens[window].long(),
+            "labels": self._rows.labels(window),
+            "window": torch.tensor(window),
+        }
 
     def window(self, index: int) -> int:
         """The number of the row that is the item of this index."""

@@ -67,11 +67,9 @@ class QatTrainer(Trainer):
             named = list((self.model if model is None else model).named_parameters())
             scales = [p for name, p in named if name.endswith(".alpha")]
             others = [p for name, p in named if not name.endswith(".alpha")]
-            # bitsandbytes warns of kernels for other things than moments
-            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-            kind, arguments = self.get_optimizer_cls_and_kwargs(self.args)
             if "bnb" in self.args.optim:
                 _keep_precise(self.model)
+            kind, arguments = self.get_optimizer_cls_and_kwargs(self.args)
             groups = [
                 {"params": others, "lr": self.settings.lr},
                 {"params": scales, "lr": self.settings.scale_lr},
@@ -152,6 +150,8 @@ class QatTrainer(Trainer):
 
 def _keep_precise(model: nn.Module) -> None:
     """Moments of embeddings stay in 32 bits: their gradients are rare and large."""
+    # it warns of kernels for other things than moments
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from bitsandbytes.optim import GlobalOptimManager
 
     for module in model.modules():

@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 
 from qexport.errors import CheckpointError, InputError, RefusedError
 from qexport.formats import FORMATS, Options, open_checkpoint
-from qexport.formats.gguf.blocks import BLOCKS, Block
+from qexport.formats.gguf.block import Block
+from qexport.formats.gguf.blocks import BLOCKS
 from qexport.formats.gguf.container import GgufFile, Value, plan_file
 from qexport.formats.gguf.hparams import config_of, hparams, rope_tensors
 from qexport.formats.gguf.names import Rows, from_gguf, to_gguf

@@ -1,6 +1,7 @@
 """What must hold on a CUDA device too: the same codes, and a run that resumes."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from qexport.grid import Scheme
 from qexport.paretoq import WIDTHS, effective_scale, fake_quantize, initial_alpha
 from qexport.tensor import quantize
 from qexport.train import TrainConfig, state, train
+from qexport.train.fuse import why_not
 
 pytestmark = pytest.mark.gpu
 
@@ -28,10 +30,7 @@ def test_codes_and_values_are_those_of_the_cpu(bits: str) -> None:
     assert torch.equal(values.cpu(), here.dequantize())
 
 
-def test_a_run_is_resumed(tiny_model: Path, tmp_path: Path) -> None:
-    config = TrainConfig(
-        tiny_model, "builtin", tmp_path / "run", "2", 32, max_steps=6, max_length=32, save_steps=2
-    )
+def stop_after_a_checkpoint(config: TrainConfig) -> None:
     save = state.save
     with pytest.MonkeyPatch.context() as patch:
 
@@ -42,5 +41,36 @@ def test_a_run_is_resumed(tiny_model: Path, tmp_path: Path) -> None:
         patch.setattr(state, "save", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             train(config, Console(quiet=True))
+
+
+def test_a_run_is_resumed(tiny_model: Path, tmp_path: Path) -> None:
+    config = TrainConfig(
+        tiny_model, "builtin", tmp_path / "run", "2", 32, max_steps=6, max_length=32, save_steps=2
+    )
+    stop_after_a_checkpoint(config)
     assert train(config, Console(quiet=True))["steps"] == 6
     assert len(open_checkpoint(config.output).modules) == 14
+
+
+@pytest.mark.parametrize("bits", list(WIDTHS))
+def test_compiled_quantizers_change_no_value(bits: str) -> None:
+    scheme = Scheme(WIDTHS[bits].grid, 64)
+    assert why_not([scheme], "paper", torch.device("cuda")) is None
+
+
+@pytest.mark.parametrize("changes", [{"precision": "fp16"}, {"optimizer": "adamw8bit"}])
+def test_a_run_in_fewer_bits_is_resumed(
+    tiny_model: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """The scale of losses, and moments in bytes, come back from the checkpoint."""
+    config = TrainConfig(
+        *(tiny_model, "builtin", tmp_path / "run", "2", 32),
+        max_steps=6,
+        max_length=32,
+        save_steps=2,
+        block_epochs=1,
+        block_windows=8,
+        **changes,
+    )
+    stop_after_a_checkpoint(config)
+    assert train(config, Console(quiet=True))["steps"] == 6

@@ -57,8 +57,10 @@ def test_without_bitsandbytes(
         train(settings(tiny_model, tmp_path / "run", optimizer="adamw8bit"), Console(quiet=True))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_fp16_end_to_end_wants_a_gpu(tiny_model: Path, tmp_path: Path) -> None:
+def test_fp16_end_to_end_wants_a_gpu(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)  # also where there is one
     with pytest.raises(UnsupportedError, match="--precision fp16 wants a GPU"):
         train(settings(tiny_model, tmp_path / "run", precision="fp16"), Console(quiet=True))
     assert not (tmp_path / "run").exists()

@@ -17,7 +17,7 @@ from qexport.formats.pack import pack
 from qexport.formats.verify import verify
 from qexport.grid import INT4, SUPER_BLOCKS, Scheme
 from qexport.paretoq import effective_scale, fake_quantize, initial_alpha
-from qexport.tensor import QuantizedTensor, factors, portable, quantize, shared
+from qexport.tensor import factors, portable, quantize, shared
 from qexport.tiny import write_tiny_model
 from qexport.train import TrainConfig, train
 from tests.conftest import Cli
@@ -143,19 +143,6 @@ def test_a_run_for_a_block_is_exact_in_it(wide: Path, tmp_path: Path, name: str,
     for other in ("native", "compressed-tensors", "gptq"):
         options = Options()
         assert pack(source, FORMATS[other], tmp_path / other, options).exact, other
-
-
-def test_the_file_reads_alike_without_our_metadata(wide: Path, tmp_path: Path) -> None:
-    """As llama.cpp reads it: by its blocks alone."""
-    scheme = scheme_of("Q2_K")
-    weight = torch.randn(16, 256)
-    scale = effective_scale(initial_alpha(weight, scheme, "mse"), scheme)
-    made = quantize(weight, scale, scheme)
-    assert isinstance(made, QuantizedTensor)
-    codes, scales = made.codes.view(16, 1, 256), made.scales.view(16, 1, 16)
-    decoded = BLOCKS["Q2_K"].decode(BLOCKS["Q2_K"].encode(scheme.grid, codes, scales, None))
-    assert decoded.minimum is not None
-    assert torch.equal(decoded.minimum, decoded.step * 1.5)
 
 
 def test_mistakes_in_a_sentence(tiny_model: Path, tmp_path: Path, cli: Cli) -> None:
