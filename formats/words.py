@@ -21,8 +21,9 @@ def words(count: int, width: int) -> int:
 def in_words(codes: Tensor, width: int) -> Tensor:
     """uint8 codes [rows, n] as int32 [rows, ceil(n*width/32)], the last word filled with zeros."""
     packed = bits.pack(codes, width)
-    missing = -packed.shape[1] % 4
-    return torch.nn.functional.pad(packed, (0, missing)).contiguous().view(torch.int32)
+    whole = torch.zeros(len(packed), words(codes.shape[1], width) * 4, dtype=torch.uint8)
+    whole[:, : packed.shape[1]] = packed
+    return whole.view(torch.int32)
 
 
 def from_words(packed: Tensor, width: int, count: int) -> Tensor:

@@ -1,9 +1,10 @@
 """`Checkpoint`: a model folder as a lazy mapping from names to tensors.
 
 Opened here are the folders that training starts from and ends with: a dense Hugging Face
-checkpoint, a RUN of ours (latent weights and scales), and an upstream ParetoQ checkpoint (latent
-weights and `weight_clip_val`). Packed layouts are opened by `qexport.formats`, which builds the
-same type. Nothing is read before it is asked for, so that a model larger than memory streams.
+checkpoint, a RUN of ours (latent weights and scales, or codes and scales), and an upstream ParetoQ
+checkpoint (latent weights and `weight_clip_val`). Packed layouts are opened by `qexport.formats`,
+which builds the same type. Nothing is read before it is asked for, so that a model larger than
+memory streams.
 """
 
 import json
@@ -21,7 +22,7 @@ from torch import Tensor
 from qexport.errors import CheckpointError, InputError
 from qexport.grid import Scheme, dtype_name
 from qexport.paretoq import WIDTHS, from_upstream, upstream_scale
-from qexport.shards import ShardReader
+from qexport.shards import Parts, ShardReader
 from qexport.tensor import QuantizedTensor, portable, quantize
 
 __all__ = [
@@ -29,6 +30,8 @@ __all__ = [
     "Entry",
     "Modules",
     "checked_scales",
+    "code_parts",
+    "code_tensors",
     "dense_entry",
     "expect",
     "module_of",
@@ -42,6 +45,7 @@ __all__ = [
 
 CONFIG_VERSION = 1
 SCALE_SUFFIX = ".weight_scale"
+ZERO_SUFFIX = ".weight_zero_point"
 _UPSTREAM_SUFFIX = ".weight_clip_val"
 _CARRIED = (
     "tokenizer*",
@@ -185,10 +189,12 @@ def open_source(folder: Path) -> Checkpoint | None:
     if quantization is not None:
         if not isinstance(quantization, dict):
             raise CheckpointError(f"{folder}/config.json: quantization_config is not an object.")
-        if (quantization.get("quant_method"), quantization.get("format")) != ("qexport", "latent"):
+        form = quantization.get("format")
+        if quantization.get("quant_method") != "qexport" or form not in ("latent", "codes"):
             return None
         reader = ShardReader(folder)
-        return Checkpoint(folder, "run", config, _run_entries(reader, quantization))
+        entries = _run_entries if form == "latent" else _code_entries
+        return Checkpoint(folder, "run", config, entries(reader, quantization))
     reader = ShardReader(folder)
     if any(name.endswith(_UPSTREAM_SUFFIX) for name in reader):
         return Checkpoint(folder, "paretoq", config, _upstream_entries(reader, config))
@@ -301,6 +307,50 @@ def _load_latent(reader: ShardReader, module: str, scheme: Scheme) -> QuantizedT
             f"{reader.folder}: {module} holds a NaN or an infinity; its training diverged."
         )
     return quantize(weight, scale, scheme)
+
+
+def _code_entries(reader: ShardReader, quantization: dict[str, Any]) -> dict[str, Entry]:
+    modules = modules_from_json(quantization)
+    suffixes = (SCALE_SUFFIX, ZERO_SUFFIX)
+    theirs = {module + suffix for module in modules for suffix in suffixes}
+    entries = {name: dense_entry(reader, name) for name in reader if name not in theirs}
+    for module, (scheme, shape) in modules.items():
+        size = 0
+        for name, (dtype, part) in code_parts(module, scheme, shape).items():
+            expect(reader, name, dtype, part)
+            size += dtype.itemsize * math.prod(part)
+        load = partial(_load_codes, reader, module, scheme)
+        entries[f"{module}.weight"] = Entry(shape, scheme.scale_dtype, load, scheme, size)
+    return entries
+
+
+def code_parts(module: str, scheme: Scheme, shape: tuple[int, int]) -> Parts:
+    """Dtypes and shapes of what a RUN of codes holds of a module."""
+    groups = (shape[0], scheme.groups(shape[1]))
+    parts: Parts = {
+        f"{module}.weight": (torch.uint8, shape),
+        module + SCALE_SUFFIX: (scheme.scale_dtype, groups),
+    }
+    if not scheme.symmetric:
+        parts[module + ZERO_SUFFIX] = torch.uint8, groups
+    return parts
+
+
+def code_tensors(module: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
+    """What `code_parts` promises."""
+    found = {f"{module}.weight": tensor.codes, module + SCALE_SUFFIX: tensor.scales}
+    return found if tensor.zeros is None else {**found, module + ZERO_SUFFIX: tensor.zeros}
+
+
+def _load_codes(reader: ShardReader, module: str, scheme: Scheme) -> QuantizedTensor:
+    codes = reader.tensor(f"{module}.weight")
+    if int(codes.max()) >= scheme.grid.levels:
+        raise CheckpointError(
+            f"{reader.folder}: {module} holds code {int(codes.max())}, and {scheme.grid.name} has "
+            f"{scheme.grid.levels} levels; the file is damaged."
+        )
+    zeros = None if scheme.symmetric else reader.tensor(module + ZERO_SUFFIX)
+    return QuantizedTensor(codes, checked_scales(reader, module + SCALE_SUFFIX), scheme, zeros)
 
 
 def _upstream_entries(reader: ShardReader, config: dict[str, Any]) -> dict[str, Entry]:

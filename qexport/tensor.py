@@ -138,23 +138,29 @@ def factors(scales: Tensor, block: SuperBlock) -> tuple[Tensor, Tensor]:
     return d.squeeze(-1), found.long()
 
 
-def quantize(weight: Tensor, scale: Tensor, scheme: Scheme) -> QuantizedTensor:
-    """Nearest codes of a float32 `weight` [out, in] for float32 `scale` [out, groups], symmetric.
+def quantize(
+    weight: Tensor, scale: Tensor, scheme: Scheme, zeros: Tensor | None = None
+) -> QuantizedTensor:
+    """Nearest codes of a float32 `weight` [out, in] for float32 `scale` [out, groups].
 
     Ties go to the even multiple of the step below (ParetoQ's `round(v - 1/2) + 1/2` on grids with
     a half-integer zero, `round(v)` on the others); on the binary grid the code is the sign, zero
-    counted as positive. Training, packing and evaluation all come through here.
+    counted as positive. `zeros` uint8 [out, groups] are those of an asymmetric grid. Training,
+    packing, quantization and evaluation all come through here.
     """
     out, groups = scale.shape
     grid = scheme.grid
-    assert grid.zero is not None
     if grid.levels == 2:
         codes = (weight >= 0).to(torch.uint8)
     else:
-        half = grid.zero % 1
         steps = weight.reshape(out, groups, -1) / scale.unsqueeze(-1)
-        if half:
-            steps.sub_(half)
-        steps.round_().add_(grid.zero + half).clamp_(0, grid.levels - 1)
-        codes = steps.view(weight.shape).to(torch.uint8)
-    return QuantizedTensor(codes, scale.to(scheme.scale_dtype), scheme)
+        if zeros is not None:
+            steps.round_().add_(zeros.unsqueeze(-1))
+        else:
+            assert grid.zero is not None
+            half = grid.zero % 1
+            if half:
+                steps.sub_(half)
+            steps.round_().add_(grid.zero + half)
+        codes = steps.clamp_(0, grid.levels - 1).view(weight.shape).to(torch.uint8)
+    return QuantizedTensor(codes, scale.to(scheme.scale_dtype), scheme, zeros)

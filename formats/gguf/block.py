@@ -142,6 +142,7 @@ def floats(raw: Tensor) -> Tensor:
 
 
 def filled(like: Tensor, value: int, count: int) -> Tensor:
+    """`count` equal bytes for every block: uint8 [out, blocks, count]."""
     return torch.full((*like.shape[:2], count), value, dtype=torch.uint8)
 
 

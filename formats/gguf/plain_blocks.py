@@ -21,6 +21,8 @@ __all__ = ["Q1_0", "Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "TQ1_0", "TQ2_0"]
 
 
 class Q1_0(Block):
+    """Signs about half a scale."""
+
     name, id, file_type, size, bytes, sub = "Q1_0", 41, 40, 128, 18, 128
     holds, natural = (BINARY,), BINARY
 
@@ -36,6 +38,8 @@ class Q1_0(Block):
 
 
 class Q2_0(Block):
+    """Two bits a weight, one after the other, about one."""
+
     name, id, file_type, size, bytes, sub = "Q2_0", 42, 41, 64, 18, 64
     holds, natural = (TERNARY,), UINT2
 
@@ -78,6 +82,8 @@ class TQ1_0(Block):
 
 
 class TQ2_0(Block):
+    """Two bits a weight, four of them a quarter apart in a byte."""
+
     name, id, file_type, size, bytes, sub = "TQ2_0", 35, 37, 256, 66, 256
     holds, natural = (TERNARY,), TERNARY
 
@@ -91,6 +97,8 @@ class TQ2_0(Block):
 
 
 class Q4_0(Block):
+    """Four bits a weight; the halves of a block share bytes."""
+
     name, id, file_type, size, bytes, sub = "Q4_0", 2, 2, 32, 18, 32
     holds, natural = (INT4,), INT4
 
@@ -123,6 +131,8 @@ class Q4_1(Block):
 
 
 class Q5_0(Block):
+    """Q4_0 with the fifth bits apart."""
+
     name, id, file_type, size, bytes, sub = "Q5_0", 6, 8, 32, 22, 32
     holds, natural = (INT5,), INT5
 
@@ -139,6 +149,8 @@ class Q5_0(Block):
 
 
 class Q8_0(Block):
+    """Signed bytes."""
+
     name, id, file_type, size, bytes, sub = "Q8_0", 8, 7, 32, 34, 32
     holds, natural = (INT8,), INT8
 

@@ -7,62 +7,158 @@ Columns go from the most to the least active, by scales that were set for all gr
 (static groups): no `g_idx` is needed for that order.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from qexport.errors import QexportError
 from qexport.grid import Scheme
-from qexport.tensor import quantize
+from qexport.quantize.activations import output_error
+from qexport.quantize.fit import Fit
+from qexport.quantize.rounding import Rounding
+from qexport.tensor import QuantizedTensor, portable, quantize
 
-__all__ = ["compensate"]
+__all__ = ["GptqOptions", "Inputs", "compensate", "gptq"]
 
-_BLOCK = 128  # columns whose errors are gathered before the rest is told
-_DAMPING, _MORE, _TRIES = 0.01, 10.0, 4  # of the mean of H's diagonal
+_MORE, _TRIES = 10.0, 4
+_RIDGE = 1e-4
 
 
-def compensate(weight: Tensor, hessian: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
-    """Weights [out, in] float32 whose nearest codes, for these scales, are GPTQ's solution.
+@dataclass(frozen=True)
+class GptqOptions:
+    """How columns are gone through.
 
-    hessian   float32 [in, in], of inputs: their sum of outer products, to any factor
-    scale     float32 [out, groups], as it will be stored
-
-    Raises QexportError where the Hessian has no Cholesky factor even with tenfold damping, thrice.
+    percdamp     what is added to H's diagonal, in units of its mean; ten times as much, up to
+                 thrice, where H has no Cholesky factor
+    block_size   columns whose errors are gathered before the rest is told; speed alone
+    act_order    from the most to the least active input, or from the first to the last
+    refits       times that scales are fitted to the codes found, and codes to these scales
     """
-    inputs = weight.shape[1]
-    order = hessian.diagonal().argsort(descending=True)
-    factor = _inverse_factor(hessian[order][:, order])
-    groups = torch.arange(inputs, device=weight.device) // (inputs // scale.shape[1])
-    scales, work = scale[:, groups[order]], weight[:, order].clone()
-    alone = Scheme(scheme.grid, None, torch.float32)  # a column at a time
+
+    percdamp: float = 0.01
+    block_size: int = 128
+    act_order: bool = True
+    refits: int = 2
+
+
+_DEFAULT = GptqOptions()
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What GPTQ has to know of a layer's inputs; those that see the same ones share it.
+
+    hessian   float32 [in, in]: their sum of outer products, to any factor
+    order     int64 [in], in which columns are rounded
+    factor    float64 [in, in], upper Cholesky factor of the inverse of H in that order
+    """
+
+    hessian: Tensor
+    order: Tensor
+    factor: Tensor
+
+    @classmethod
+    def of(cls, hessian: Tensor, options: GptqOptions = _DEFAULT) -> "Inputs":
+        """Raises QexportError where H has no Cholesky factor even with tenfold damping, thrice."""
+        order = torch.arange(len(hessian), device=hessian.device)
+        if options.act_order:
+            order = hessian.diagonal().argsort(descending=True)
+        return cls(hessian, order, _inverse_factor(hessian[order][:, order], options.percdamp))
+
+
+def gptq(
+    weight: Tensor, inputs: Inputs, first: Fit, scheme: Scheme, options: GptqOptions = _DEFAULT
+) -> Rounding:
+    """The layer `weight` [out, in] float32 on the grid; `first` are the scales to begin with."""
+
+    def rounded(found: Fit) -> tuple[Rounding, float]:
+        made = compensate(weight, inputs, found.scale, scheme, found.zeros, options.block_size)
+        rounding = Rounding(made, found, scheme)
+        return rounding, output_error(weight, rounding.tensor().dequantize(), inputs.hessian)
+
+    best, least = rounded(first)
+    for _ in range(options.refits):
+        made, error = rounded(Fit(_refit(weight, inputs.hessian, best.tensor()), first.zeros))
+        if not error < least:
+            break
+        best, least = made, error
+    return best
+
+
+def compensate(
+    weight: Tensor,
+    inputs: Inputs,
+    scale: Tensor,
+    scheme: Scheme,
+    zeros: Tensor | None = None,
+    block_size: int = _DEFAULT.block_size,
+) -> Tensor:
+    """Weights [out, in] whose nearest codes, for these scales, are GPTQ's solution.
+
+    scale   float32 [out, groups], as it will be stored; zeros uint8, of an asymmetric grid
+
+    It is reckoned in the dtype of `weight`.
+    """
+    order, count = inputs.order, weight.shape[1]
+    factor = inputs.factor.to(weight.dtype)
+    groups = order // (count // scale.shape[1])
+    scales, points = scale.T[groups], None if zeros is None else zeros.T[groups]
+    work = weight.T[order]  # [in, out]: a column of weights is a row, which lies together
+    alone = Scheme(scheme.grid, None, torch.float32)
     found = torch.empty_like(work)
-    for start in range(0, inputs, _BLOCK):
-        end = min(start + _BLOCK, inputs)
-        errors = torch.empty_like(work[:, start:end])
+    for start in range(0, count, block_size):
+        end = min(start + block_size, count)
+        errors = torch.empty_like(work[start:end])
         for column in range(start, end):
-            value = work[:, column].clone()
-            found[:, column] = value
-            rounded = quantize(value[:, None], scales[:, column, None], alone).dequantize()[:, 0]
-            error = (value - rounded) / factor[column, column]
-            work[:, column:end] -= torch.outer(error, factor[column, column:end])
-            errors[:, column - start] = error
-        work[:, end:] -= errors @ factor[start:end, end:]
-    return found[:, order.argsort()]
+            value = found[column] = work[column]
+            point = None if points is None else points[column, :, None]
+            made = quantize(value[:, None], scales[column, :, None], alone, point).dequantize()
+            error = errors[column - start]
+            torch.sub(value, made[:, 0], out=error).div_(factor[column, column])
+            work[column + 1 : end].addr_(factor[column, column + 1 : end], error, alpha=-1)
+        work[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    return found[order.argsort()].T.contiguous()
 
 
-def _inverse_factor(hessian: Tensor) -> Tensor:
+def _inverse_factor(hessian: Tensor, percdamp: float) -> Tensor:
     """The upper Cholesky factor of the inverse; inputs that are never active count as little."""
     mean = hessian.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    damping = _DAMPING
+    damping = percdamp
     for _ in range(_TRIES):
-        damped = hessian.double() + torch.eye(len(hessian), device=hessian.device) * damping * mean
+        damped = hessian.double()
+        damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             inverse = torch.cholesky_inverse(lower)
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not failed:
-                found: Tensor = upper.float()
+                found: Tensor = upper
                 return found
         damping *= _MORE
     raise QexportError(
         "the inputs of a layer say too little to compensate by; give more calibration text."
     )
+
+
+def _refit(weight: Tensor, hessian: Tensor, found: QuantizedTensor) -> Tensor:
+    """The scales float32 [out, groups] by which the codes found make the least output error.
+
+    For the units u = code - zero, the error of a row is quadratic in the scales of its groups.
+    """
+    out, groups = found.scales.shape
+    units = found.dequantize().view(out, groups, -1) / found.scales.float().unsqueeze(-1)
+    size = weight.shape[1] // groups
+    matrix = torch.empty(out, groups, groups, device=weight.device)
+    for group in range(groups):
+        told = units[:, group] @ hessian[group * size : (group + 1) * size]  # [out, in]
+        matrix[:, group] = (told.view(out, groups, -1) * units).sum(-1)
+    wanted = ((weight @ hessian).view(out, groups, -1) * units).sum(-1)
+    # a little is held to the scale that is there, which groups that say nothing keep
+    ridge = matrix.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True) * _RIDGE
+    matrix.diagonal(dim1=1, dim2=2).add_(ridge)
+    wanted += ridge * found.scales.float()
+    solved, failed = torch.linalg.solve_ex(matrix, wanted.unsqueeze(-1))
+    scale = solved.squeeze(-1)
+    usable = scale.isfinite() & (scale > 0) & (failed == 0).unsqueeze(-1)
+    return portable(torch.where(usable, scale, found.scales.float()))

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from qexport.blocks import Blocks, Stream
 from qexport.checkpoint import Checkpoint
+from qexport.run_folder import BLOCKS, held_out_results
 from qexport.train.block import parts, prepared_block
 from qexport.train.config import TrainConfig
-from qexport.train.layers import Blocks, Stream
 from qexport.train.prepare import run_tensors
-from qexport.train.run_folder import BLOCKS, held_out_results
 from qexport.train.text import IGNORED, Windows
 
 __all__ = ["block_results", "block_tensors"]

@@ -11,7 +11,6 @@ was in.
 
 import json
 import math
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,14 +22,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from qexport.blocks import Blocks, Stream, relative_error
 from qexport.errors import QexportError
 from qexport.grid import Scheme
+from qexport.layers import Choose
 from qexport.output import write_json
 from qexport.paretoq import Gradient, effective_scale, initial_alpha
-from qexport.quantize.gptq import compensate
-from qexport.train.layers import Blocks, Stream
-from qexport.train.precision import autocast
-from qexport.train.prepare import Choose, FakeQuantize, prepare
+from qexport.precision import autocast
+from qexport.quantize.activations import STAGES, importance, look
+from qexport.quantize.gptq import Inputs, compensate
+from qexport.train.prepare import FakeQuantize, prepare
 
 __all__ = [
     "DONE",
@@ -42,14 +43,7 @@ __all__ = [
 ]
 
 _STREAM = torch.bfloat16
-_NEGLIGIBLE = 1e-4  # of the median token's square
 DONE = "blocks.json"
-_STAGES = (  # layers that have the same inputs, in the order in which they run
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
 
 
 @dataclass(frozen=True)
@@ -219,31 +213,21 @@ def _compensate(
     count: int,
 ) -> None:
     """Begin with GPTQ's codes: each layer's, by what the ones before it make of the inputs."""
-    device = next(block.parameters()).device
-    count = min(settings.compensated, count)
-    for names in _STAGES:
-        layers: list[Any] = [block.get_submodule(name) for name in names]
-        width = layers[0].in_features
-        hessian = torch.zeros(width, width, device=device)
-
-        def add(_: nn.Module, given: tuple[Tensor], hessian: Tensor = hessian) -> None:
-            rows = given[0].flatten(0, 1).float()
-            hessian.addmm_(rows.T, rows)
-
-        hook = layers[0].register_forward_pre_hook(add)
-        deque(_outputs(blocks, index, block, inputs, settings, count), maxlen=0)
-        hook.remove()
-        for layer in layers:
+    rows = list(parts(min(settings.compensated, count), settings.batch_size))
+    for names in STAGES:
+        found = look(blocks, index, block, names[:1], inputs, rows, settings.precision)
+        seen = Inputs.of(found[names[0]].hessian)
+        for layer in [block.get_submodule(name) for name in names]:
             if not parametrize.is_parametrized(layer, "weight"):
                 continue  # it stays dense, in float32
-            chain = layer.parametrizations.weight
+            chain: Any = layer.parametrizations.weight  # type: ignore[union-attr]
             if not isinstance(chain[0], FakeQuantize):
                 continue
             reader, master = chain[0], chain.original
-            importance = hessian.diagonal() / hessian.diagonal().mean()
-            reader.alpha.copy_(initial_alpha(master, reader.scheme, "mse", importance))
+            weights = importance(seen.hessian)
+            reader.alpha.copy_(initial_alpha(master, reader.scheme, "mse", weights))
             scale = effective_scale(reader.alpha, reader.scheme)
-            master.copy_(compensate(master, hessian, scale, reader.scheme))
+            master.copy_(compensate(master, seen, scale, reader.scheme))
 
 
 def _train(
@@ -259,7 +243,7 @@ def _train(
     device = next(block.parameters()).device
     if not settings.epochs:
         found = [
-            float(_relative_error(made, targets.read(rows, device)))
+            float(relative_error(made, targets.read(rows, device)))
             for rows, made in _outputs(blocks, index, block, inputs, settings, count)
         ]
         return (sum(found) / len(found),) * 2
@@ -282,7 +266,7 @@ def _train(
             wanted = targets.read(rows, device)
             with autocast(settings.precision, device):
                 made = blocks.run(index, block, inputs.read(rows, device))
-            loss = _relative_error(made, wanted)
+            loss = relative_error(made, wanted)
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             scaler.step(optimizer)
             scaler.update()
@@ -291,13 +275,3 @@ def _train(
             errors.append(loss.item())
     last = errors[-max(1, len(errors) // 4) :]
     return errors[0], sum(last) / len(last)
-
-
-def _relative_error(made: Tensor, wanted: Tensor) -> Tensor:
-    """Of squares, each token alike: a few have activations a thousand times as large.
-
-    A token that has nearly none, as one whose embedding is all zeros, does not blow it up.
-    """
-    norms = wanted.square().sum(-1)
-    least = (norms.median() * _NEGLIGIBLE).clamp(min=torch.finfo(torch.float32).tiny)
-    return ((made.float() - wanted).square().sum(-1) / norms.clamp(min=least)).mean()

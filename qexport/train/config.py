@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +12,11 @@ import torch
 from qexport.errors import InputError
 from qexport.grid import SUPER_BLOCKS, Scheme
 from qexport.paretoq import WIDTHS, Gradient
+from qexport.precision import Precision
+from qexport.ranks import world_size
+from qexport.run_folder import model_state, text_state
+from qexport.selection import Rule, check_patterns, is_selected, parse_rule, rule_of
 from qexport.train import zero
-from qexport.train.ranks import world_size
 from qexport.train.recipe import RECIPES, Recipe
 
 __all__ = ["DENSE", "TARGETS", "TrainConfig", "target_bits"]
@@ -96,7 +98,7 @@ class TrainConfig:
     eval_data: str | None = None
     scale_init: Literal["paper", "mse"] = "mse"
     scale_dtype: Literal["portable", "float32"] = "portable"
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    precision: Precision = "auto"
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     gradient_checkpointing: bool = False
     compile: bool | None = None
@@ -114,8 +116,7 @@ class TrainConfig:
             raise InputError(f"--group-size {self.group_size} is not a group; use -1 per channel.")
         if self.target is not None:
             self._check_target(self.target)
-        for rule in self.module_bits:
-            _parse_rule(rule)
+        _ = self._rules
         weighted = [weight is not None for _, weight in self.sources]
         if not weighted or any(weighted) != all(weighted):
             raise InputError("--data: give a weight to every source, as in FILE=0.5, or to none.")
@@ -209,26 +210,20 @@ class TrainConfig:
 
     def scheme_of(self, layer: str) -> Scheme | None:
         """By the name of a layer; None where it stays dense."""
-        for rule in self.module_bits:
-            pattern, bits, group_size = _parse_rule(rule)
-            if fnmatchcase(layer, pattern):
-                return self._scheme(bits, self.group_size if group_size == 0 else group_size)
-        if any(fnmatchcase(layer, pattern) for pattern in self.exclude):
-            return None
-        if self.include and not any(fnmatchcase(layer, pattern) for pattern in self.include):
-            return None
-        return self.scheme
+        rule = rule_of(layer, self._rules)
+        if rule is not None:
+            group_size = self.group_size if rule.group_size == 0 else rule.group_size
+            return self._scheme(rule.bits, group_size)
+        return self.scheme if is_selected(layer, self.include, self.exclude) else None
 
     def check_patterns(self, layers: Iterable[str]) -> None:
         """Raise InputError for a pattern that fits no layer."""
-        names = list(layers)
-        rules = [_parse_rule(rule)[0] for rule in self.module_bits]
-        for pattern in (*self.include, *self.exclude, *rules):
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise InputError(
-                    f"no layer's name fits {pattern}; they are like "
-                    "model.layers.0.self_attn.q_proj."
-                )
+        rules = (rule.pattern for rule in self._rules)
+        check_patterns((*self.include, *self.exclude, *rules), layers)
+
+    @property
+    def _rules(self) -> list[Rule]:
+        return [parse_rule(text, (*WIDTHS, DENSE)) for text in self.module_bits]
 
     @property
     def sources(self) -> list[tuple[str, float | None]]:
@@ -263,10 +258,10 @@ class TrainConfig:
         found["tokens_per_step"] = self.tokens_per_step
         found["settings"] = asdict(self.settings)  # a recipe that has changed is another one
         found["model"] = str(self.model.resolve())
-        found["model_files"] = [_state(path) for path in sorted(self.model.glob("*.safetensors"))]
-        found["data"] = [_resolved(name, weight) for name, weight in self.sources]
+        found["model_files"] = model_state(self.model)
+        found["data"] = [[*text_state(name), weight] for name, weight in self.sources]
         if self.eval_data is not None:
-            found["eval_data"] = _resolved(self.eval_data, None)
+            found["eval_data"] = text_state(self.eval_data)
         marked: dict[str, Any] = json.loads(json.dumps(found, default=str))  # lists, not tuples
         return marked
 
@@ -280,19 +275,6 @@ def target_bits(target: str) -> str:
 
 def _flag(name: str, config: TrainConfig) -> str:
     return f"--{name.replace('_', '-')} {getattr(config.settings, name)}"
-
-
-def _parse_rule(text: str) -> tuple[str, str, int | None]:
-    """Pattern, bits and group size: None is per channel, 0 is that of the others."""
-    pattern, sign, value = text.rpartition("=")
-    bits, colon, group = value.partition(":")
-    if not pattern or not sign or bits not in (*WIDTHS, DENSE):
-        raise InputError(f"--module-bits {text}: give PATTERN=BITS, with 1, 1.58, 2, 3, 4 or 16.")
-    if not colon:
-        return pattern, bits, 0
-    if group != "-1" and not (group.isdigit() and int(group) > 0):
-        raise InputError(f"--module-bits {text}: {group} is not a group size.")
-    return pattern, bits, None if group == "-1" else int(group)
 
 
 def _parse_source(text: str) -> tuple[str, float | None]:
@@ -311,15 +293,3 @@ def _parse_source(text: str) -> tuple[str, float | None]:
     if not 0 < found < float("inf"):
         raise InputError(f"--data {text}: its weight is not a positive number.")
     return name, found
-
-
-def _resolved(name: str, weight: float | None) -> list[Any]:
-    """A source as it can be told from another: a file by its place, size and time."""
-    path = Path(name)
-    return [str(path.resolve()), weight, _state(path)] if path.is_file() else [name, weight, None]
-
-
-def _state(path: Path) -> list[int]:
-    """Size and time of a file: another content under the same name is another run."""
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns]

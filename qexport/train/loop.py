@@ -3,31 +3,33 @@
 import contextlib
 import importlib.util
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
-from qexport.checkpoint import Checkpoint, Modules, open_source
-from qexport.errors import CheckpointError, InputError, UnsupportedError
+from qexport.checkpoint import Checkpoint, Modules
+from qexport.errors import InputError, UnsupportedError
+from qexport.layers import quantized_modules
 from qexport.modelling import build_model, load_tokenizer, meta_model
 from qexport.output import disk_errors, mark
+from qexport.precision import precision_of
+from qexport.ranks import barrier, is_main, join
+from qexport.run_folder import BLOCKS, claimed, finished, held_out_results, write_run
+from qexport.source import check_names, dense_source, stored_dtype
 from qexport.train import state
 from qexport.train.alone import block_results, block_tensors
-from qexport.train.block import load_blocks
+from qexport.train.block import DONE, load_blocks
 from qexport.train.config import DENSE, TrainConfig
 from qexport.train.fuse import fusing
 from qexport.train.phases import make_teacher, start_by_blocks
-from qexport.train.precision import precision_of
-from qexport.train.prepare import prepare, quantized_modules, run_parts, run_tensors
+from qexport.train.prepare import prepare, run_parts, run_tensors
 from qexport.train.progress import ProgressReport
-from qexport.train.ranks import barrier, is_main, join
 from qexport.train.report import write_report
-from qexport.train.run_folder import BLOCKS, claimed, finished, held_out_results, write_run
 from qexport.train.shard import load_sharded
 from qexport.train.text import MixedWindows, Text, Windows, load_text
 from qexport.train.trainer import QatTrainer, make_trainer
@@ -46,8 +48,9 @@ def train(config: TrainConfig, console: Console, *, dry_run: bool = False) -> di
     _check_packages(config)
     join(deepspeed=config.deepspeed is not None)
     console.quiet = console.quiet or not is_main()
-    source = _dense_source(config.model)
-    found = finished(config)
+    source = dense_source(config.model)
+    identity = config.identity()
+    found = finished(config.output, identity, resume=config.resume)
     if found is not None:
         console.print(f"{config.output} is finished already; --no-resume trains it anew.")
         return found
@@ -55,8 +58,17 @@ def train(config: TrainConfig, console: Console, *, dry_run: bool = False) -> di
     _announce(console, config, job)
     if dry_run:
         return {"steps": job.max_steps, "tokens": job.max_steps * config.tokens_per_step}
-    with claimed(config) as run, disk_errors(run):
+    claim = claimed(config.output, identity, resume=config.resume, progress=_progress)
+    with claim as run, disk_errors(run):
+        if is_main():
+            state.drop_checkpoints(run, keep=1)
+        barrier()
         return _carry_out(config, job, run, console)
+
+
+def _progress(run: Path) -> bool:
+    """Whether a run that failed has something to go on from."""
+    return state.last_checkpoint(run) is not None or (run / BLOCKS / DONE).exists()
 
 
 @dataclass
@@ -90,10 +102,12 @@ def _prepared(config: TrainConfig, source: Checkpoint, console: Console) -> _Job
     config.check_patterns(name for name, _ in plan.named_modules())
     if not modules and config.bits != DENSE:
         raise InputError("no layer is left to be quantized; --bits 16 trains a dense model.")
-    _check_names(source, plan)
+    check_names(source, plan)
     fused = fusing(config, modules, max_steps, console)
-    stored = _stored(source)
-    return _Job(source, text, plan, modules, stored, max_steps, precision_of(config), fused)
+    stored = stored_dtype(source)
+    return _Job(
+        source, text, plan, modules, stored, max_steps, precision_of(config.precision), fused
+    )
 
 
 def _text(config: TrainConfig, console: Console) -> Text:
@@ -121,16 +135,17 @@ def _carry_out(config: TrainConfig, job: _Job, run: Path, console: Console) -> d
         barrier()
     parts = run_parts(job.plan, job.modules, job.stored)
     if config.phase == "block":
-        results, history = {}, None
+        results, files = {}, {}
         if is_main():
             results = block_results(config, source, job.stored, run, job.text.held_out)
         tensors = block_tensors(config, source, job.stored, run, parts)
     else:
         trainer = _trained(config, job, run, resumed, console)
         results = _results(trainer, config, job.max_steps, job.text.held_out)
-        tensors, history = run_tensors(trainer.model, job.stored), trainer.state
+        tensors = run_tensors(trainer.model, job.stored)
+        files = {"trainer_state.json": asdict(trainer.state)}
     if is_main():
-        write_run(run, source, job.modules, parts, tensors, results, history)
+        write_run(run, source, job.modules, parts, tensors, results, files)
         shown = job.text.rows if job.text.held_out is None else job.text.held_out
         write_report(run, source, results, shown.tokens)
         mark(run, "run", status="finished", settings=config.identity())
@@ -170,13 +185,6 @@ def _check_packages(config: TrainConfig) -> None:
             raise UnsupportedError(f"{option} wants {package}: pip install {package}.")
 
 
-def _dense_source(folder: Path) -> Checkpoint:
-    source = open_source(folder)
-    if source is None or source.layout != "dense":
-        raise InputError(f"{folder} is quantized already; train from a dense checkpoint.")
-    return source
-
-
 def _load_model(config: TrainConfig, job: _Job, run: Path) -> Any:
     """The prepared model, with the blocks that have been trained."""
     if config.shard:
@@ -190,15 +198,6 @@ def _load_model(config: TrainConfig, job: _Job, run: Path) -> Any:
     return model
 
 
-def _stored(source: Checkpoint) -> torch.dtype:
-    """The dtype in which unquantized parameters will be stored."""
-    name = source.config.get("dtype") or source.config.get("torch_dtype") or "float32"
-    stored = getattr(torch, str(name), torch.float32)
-    if not isinstance(stored, torch.dtype) or not stored.is_floating_point:
-        raise CheckpointError(f"{source.folder}/config.json: dtype {name!r} is no float dtype.")
-    return stored
-
-
 def _check_fit(config: TrainConfig, model: Any, training: Tensor) -> None:
     """Raise InputError where the text or its windows do not fit the model."""
     if int(training.max()) >= model.config.vocab_size:
@@ -206,20 +205,6 @@ def _check_fit(config: TrainConfig, model: Any, training: Tensor) -> None:
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and config.max_length > context:
         raise InputError(f"--max-length {config.max_length} is beyond the context of {context}.")
-
-
-def _check_names(source: Checkpoint, plan: nn.Module) -> None:
-    """Raise CheckpointError unless the RUN would have exactly the source's tensors."""
-    mine = {name for name, _ in plan.named_parameters()}  # of those that are tied, the first
-    lacking = sorted(mine - set(source))
-    if lacking:
-        raise CheckpointError(f"{source.folder} lacks {lacking[0]}; the checkpoint is not whole.")
-    odd = sorted(set(source) - mine - {"lm_head.weight"})
-    if odd:
-        raise CheckpointError(
-            f"{source.folder}: transformers renames or drops {odd[0]} of this architecture, so "
-            "that a run of it could not be written back; it is not supported yet."
-        )
 
 
 def _announce(console: Console, config: TrainConfig, job: _Job) -> None:

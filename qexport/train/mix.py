@@ -11,8 +11,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from qexport.paretoq import fake_quantize
+from qexport.ranks import assign, whole
 from qexport.train.prepare import FakeQuantize
-from qexport.train.ranks import assign, whole
 
 __all__ = ["Mixing", "mix_masters"]
 

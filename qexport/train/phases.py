@@ -8,15 +8,15 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from qexport.blocks import Blocks
 from qexport.checkpoint import Checkpoint
 from qexport.modelling import build_model
+from qexport.precision import autocast
+from qexport.ranks import barrier, is_main
+from qexport.run_folder import BLOCKS, TEACHER
 from qexport.train.block import BlockSettings, train_blocks
 from qexport.train.config import TrainConfig
 from qexport.train.distill import CachedTeacher, LiveTeacher, Teacher
-from qexport.train.layers import Blocks
-from qexport.train.precision import autocast
-from qexport.train.ranks import barrier, is_main
-from qexport.train.run_folder import BLOCKS, TEACHER
 from qexport.train.text import MixedWindows
 from qexport.train.trainer import QatTrainer
 

@@ -5,7 +5,7 @@ Parametrizations stand between the fp32 master and whoever reads it. A quantized
 store. What the forward pass of training computes with is therefore what is written and served.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -13,28 +13,20 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from qexport.checkpoint import Modules
-from qexport.errors import CheckpointError, InputError
 from qexport.grid import Scheme
+from qexport.layers import Choose, quantized_modules
 from qexport.paretoq import Gradient, effective_scale, fake_quantize, initial_alpha
+from qexport.ranks import whole
 from qexport.shards import Parts
-from qexport.train.ranks import whole
 
 __all__ = [
-    "Choose",
     "FakeQuantize",
     "StoredAs",
     "prepare",
-    "quantized_modules",
     "run_parts",
     "run_tensors",
     "store",
 ]
-
-Choose = Callable[[str], Scheme | None]  # by a layer's name
-
-QUANTIZED_LAYERS = frozenset(
-    ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-)
 
 
 class FakeQuantize(nn.Module):
@@ -84,24 +76,6 @@ class _Round(torch.autograd.Function):
         return grad, None
 
 
-def quantized_modules(model: nn.Module, choose: Choose) -> Modules:
-    """Scheme and shape of what is quantized of a `model`, which may be without its weights.
-
-    The linear layers q, k, v, o, gate, up and down are, each on the scheme that `choose` gives for
-    its name; not those for which it gives None, nor embeddings, head, norms and biases.
-
-    Raises InputError where the group size does not divide a layer's inputs, CheckpointError where
-    the model has matrices that are none of these.
-    """
-    modules: Modules = {}
-    for name, layer in _layers(model).items():
-        scheme = choose(name)
-        if scheme is not None:
-            _check_group(name, layer, scheme)
-            modules[name] = scheme, (layer.out_features, layer.in_features)
-    return modules
-
-
 def prepare(
     model: nn.Module,
     choose: Choose,
@@ -131,22 +105,6 @@ def store(module: nn.Module, parameter: str, stored: torch.dtype) -> None:
     """Have a parameter read as what is stored of it."""
     if stored != torch.float32:
         parametrize.register_parametrization(module, parameter, StoredAs(stored), unsafe=True)
-
-
-def _layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """What may be quantized. Raises CheckpointError as `prepare` does."""
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in QUANTIZED_LAYERS
-    }
-    if not layers:
-        raise CheckpointError(
-            "the model has none of the layers that are quantized (q_proj, k_proj, v_proj, o_proj, "
-            "gate_proj, up_proj, down_proj)."
-        )
-    _check_whole(model, layers)
-    return layers
 
 
 def run_parts(plan: nn.Module, modules: Modules, stored: torch.dtype) -> Parts:
@@ -190,33 +148,3 @@ def run_tensors(model: nn.Module, stored: torch.dtype) -> Iterator[tuple[str, Te
             if id(value) not in seen:
                 seen.add(id(value))
                 yield f"{prefix}{parameter}", whole(value).detach().to(stored)
-
-
-def _check_whole(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
-    """Raise CheckpointError for a matrix in the decoder blocks that would be left dense."""
-    ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
-    for name, module in model.named_modules():
-        matrix = any(p.dim() > 1 for p in module.parameters(recurse=False))
-        if matrix and name not in layers and not any(module is end for end in ends):
-            raise CheckpointError(
-                f"{name} is a matrix that would be left unquantized: this architecture is not "
-                "supported yet (q, k, v, o, gate, up and down projections are)."
-            )
-
-
-def _check_group(name: str, layer: nn.Linear, scheme: Scheme) -> None:
-    try:
-        scheme.groups(layer.in_features)
-    except ValueError:
-        if scheme.super_block is not None:
-            raise InputError(
-                f"{scheme.super_block.name} wants multiples of {scheme.super_block.size} inputs, "
-                f"and {name} has {layer.in_features}; give it --module-bits of its own, or leave "
-                "it out by --exclude."
-            ) from None
-        sizes = [g for g in (16, 32, 64, 128, 256) if layer.in_features % g == 0]
-        raise InputError(
-            f"--group-size {scheme.group_size} does not divide the {layer.in_features} inputs of "
-            f"{name}; choose one that does ({', '.join(map(str, sizes)) or 'none is usual'}), "
-            "or leave it out for one scale per channel."
-        ) from None

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qexport.blocks import Blocks
 from qexport.checkpoint import Checkpoint, open_source
 from qexport.output import write_json
 from qexport.page import Page, Table, html
 from qexport.svg import line_chart
 from qexport.tensor import QuantizedTensor, quantize
-from qexport.train.layers import Blocks
 
 __all__ = ["report", "write_report"]
 

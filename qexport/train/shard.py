@@ -7,13 +7,13 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
+from qexport.blocks import Blocks
 from qexport.checkpoint import Checkpoint
 from qexport.modelling import meta_model
+from qexport.ranks import world_size
 from qexport.train.block import prepared_block
 from qexport.train.config import TrainConfig
-from qexport.train.layers import Blocks
 from qexport.train.prepare import store
-from qexport.train.ranks import world_size
 
 __all__ = ["load_sharded"]
 

@@ -23,7 +23,7 @@ from transformers import TrainerState
 
 from qexport.errors import CheckpointError
 from qexport.output import disk_errors
-from qexport.train.ranks import assign, is_main, like, whole
+from qexport.ranks import assign, is_main, like, whole
 
 __all__ = [
     "drop_checkpoints",

@@ -11,12 +11,12 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from qexport.errors import QexportError
+from qexport.ranks import count_processes, is_main
 from qexport.train import state, zero
 from qexport.train.config import TrainConfig
 from qexport.train.distill import SoftTargets, Teacher, distillation_loss
 from qexport.train.mix import Mixing
 from qexport.train.progress import ProgressReport, TensorBoardLog
-from qexport.train.ranks import count_processes, is_main
 from qexport.train.recipe import Recipe
 from qexport.train.text import MixedWindows, Text
 

@@ -345,7 +345,7 @@ def test_two_trainers_do_not_share_a_folder(cli: Cli, tiny_model: Path, place: P
             time.sleep(0.05)
         result = cli("train", tiny_model, *arguments, "-o", "run", cwd=place)
         assert result.returncode == 2
-        assert "another process is training run" in one_sentence(result.stderr)
+        assert "another process is writing run" in one_sentence(result.stderr)
     finally:
         process.kill()
         process.wait()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from qexport.blocks import Blocks
 from qexport.checkpoint import Checkpoint
 from qexport.errors import QexportError
 from qexport.formats import FORMATS, open_checkpoint
@@ -20,7 +21,6 @@ from qexport.formats.pack import pack
 from qexport.modelling import build_model
 from qexport.tiny import write_tiny_model
 from qexport.train import TrainConfig, train
-from qexport.train.layers import Blocks
 from tests.runtime.families import FAMILIES, make
 
 CPU = torch.device("cpu")
@@ -51,9 +51,7 @@ def test_tokens_without_activations_do_no_harm(tiny_model: Path, tmp_path: Path)
 def test_a_block_that_diverges_is_not_kept(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "qexport.train.block._relative_error", lambda made, _: made.sum() * math.nan
-    )
+    monkeypatch.setattr("qexport.train.block.relative_error", lambda made, _: made.sum() * math.nan)
     with pytest.raises(QexportError, match="block 1 has diverged; lower --block-lr"):
         train(config(tiny_model, tmp_path / "run"), Console(quiet=True))
     assert not (tmp_path / "run").exists()

@@ -5,12 +5,11 @@ import fcntl
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
-from transformers import TrainerState
 
 from qexport.checkpoint import (
     CONFIG_VERSION,
@@ -21,54 +20,63 @@ from qexport.checkpoint import (
 )
 from qexport.errors import CheckpointError, InputError, QexportError
 from qexport.output import check_writable, mark, marker, strangers, write_json
+from qexport.ranks import barrier, is_main
 from qexport.shards import Parts, plan_shards
 from qexport.stream import FileWriter
-from qexport.train import state
-from qexport.train.block import DONE
-from qexport.train.config import TrainConfig
-from qexport.train.ranks import barrier, is_main
 
-__all__ = ["BLOCKS", "TEACHER", "claimed", "finished", "held_out_results", "write_run"]
+__all__ = [
+    "BLOCKS",
+    "TEACHER",
+    "claimed",
+    "finished",
+    "held_out_results",
+    "model_state",
+    "text_state",
+    "write_run",
+]
 
 BLOCKS, TEACHER = ".blocks", ".teacher"  # folders of what a resumed run need not do again
 
 
-def finished(config: TrainConfig) -> dict[str, Any] | None:
-    """The results of an equal run that is finished. Raises InputError over another run's folder."""
-    check_writable(config.output, "run")
-    found = marker(config.output)
-    if found is None or not config.resume:
+def finished(run: Path, identity: dict[str, Any], *, resume: bool) -> dict[str, Any] | None:
+    """The results of an equal run that is finished. Raises InputError over another run's folder.
+
+    `identity` is what makes two runs equal, as it stands in the marker.
+    """
+    check_writable(run, "run")
+    found = marker(run)
+    if found is None or not resume:
         return None
-    mine, theirs = config.identity(), found.get("settings")
+    theirs = found.get("settings")
     if not isinstance(theirs, dict):
-        raise CheckpointError(f"{config.output}/qexport.json is damaged; --no-resume starts over.")
-    for key, value in mine.items():
+        raise CheckpointError(f"{run}/qexport.json is damaged; --no-resume starts over.")
+    for key, value in identity.items():
         if theirs.get(key) != value:
             plain = not isinstance(value, (list, dict))
             how = f"{key} {theirs.get(key)!r}, now {value!r}" if plain else f"its {key} was another"
             raise InputError(
-                f"{config.output} holds another run ({how}); choose another -o, or --no-resume to "
-                "start over."
+                f"{run} holds another run ({how}); choose another -o, or --no-resume to start over."
             )
     if found.get("status") != "finished":
         return None
     try:
-        open_source(config.output)
-        results: dict[str, Any] = json.loads((config.output / "all_results.json").read_text())
+        open_source(run)
+        results: dict[str, Any] = json.loads((run / "all_results.json").read_text())
     except (OSError, ValueError, CheckpointError) as error:
         raise CheckpointError(
-            f"{config.output} was finished and is damaged ({error}); --no-resume starts over."
+            f"{run} was finished and is damaged ({error}); --no-resume starts over."
         ) from error
     return results
 
 
 @contextlib.contextmanager
-def claimed(config: TrainConfig) -> Iterator[Path]:
-    """The run folder, ours alone for the block; removed on failure while it holds no progress.
+def claimed(
+    run: Path, identity: dict[str, Any], *, resume: bool, progress: Callable[[Path], bool]
+) -> Iterator[Path]:
+    """The run folder, ours alone for the block; removed on failure while it holds no `progress`.
 
     Of several processes the first one claims it, and the others wait for that.
     """
-    run = config.output
     if not is_main():
         barrier()
         yield run
@@ -84,18 +92,17 @@ def claimed(config: TrainConfig) -> Iterator[Path]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
-        raise InputError(f"another process is training {run}; wait for it or stop it.") from None
+        raise InputError(f"another process is writing {run}; wait for it or stop it.") from None
     try:
-        if not config.resume:
+        if not resume:
             _clear(run)
-        state.drop_checkpoints(run, keep=1)
         if marker(run) is None:
-            mark(run, "run", status="training", settings=config.identity())
+            mark(run, "run", status="begun", settings=identity)
         barrier()
         yield run
     finally:
         found = marker(run)
-        if (found is None or found.get("status") != "finished") and not _progress(run):
+        if (found is None or found.get("status") != "finished") and not progress(run):
             _clear(run)
             (run / ".lock").unlink(missing_ok=True)
             if not any(run.iterdir()):
@@ -103,10 +110,6 @@ def claimed(config: TrainConfig) -> Iterator[Path]:
         else:
             (run / ".lock").unlink(missing_ok=True)
         lock.close()
-
-
-def _progress(run: Path) -> bool:
-    return state.last_checkpoint(run) is not None or (run / BLOCKS / DONE).exists()
 
 
 def _clear(run: Path) -> None:
@@ -119,6 +122,22 @@ def _clear(run: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def model_state(folder: Path) -> list[list[int]]:
+    """By which a model is told from another of the same name."""
+    return [_state(path) for path in sorted(folder.glob("*.safetensors"))]
+
+
+def text_state(name: str) -> list[Any]:
+    """By which a source of text is told from another: a file by its place, size and time."""
+    path = Path(name)
+    return [str(path.resolve()), _state(path)] if path.is_file() else [name, None]
+
+
+def _state(path: Path) -> list[int]:
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]
 
 
 def held_out_results(loss: float, tokens: int) -> dict[str, Any]:
@@ -134,30 +153,31 @@ def write_run(
     parts: Parts,
     tensors: Iterable[tuple[str, Tensor]],
     results: dict[str, Any],
-    history: TrainerState | None,
+    files: Mapping[str, Any],
+    form: Literal["latent", "codes"] = "latent",
 ) -> None:
     """Write the RUN beside its checkpoints; config.json, which makes it readable, comes last.
 
-    `tensors` are those that `parts` promises; none is kept once it is written.
+    `tensors` are those that `parts` promises; none is kept once it is written. `files` are JSON by
+    name, and `form` is how quantized weights are written.
     """
     staging = run / ".final"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
-    files, index = plan_shards(parts)
-    with FileWriter(staging, files) as writer:
+    shards, index = plan_shards(parts)
+    with FileWriter(staging, shards) as writer:
         for name, tensor in tensors:
             writer.write(name, tensor)
     for name, content in index.items():
         write_json(staging / name, content)
     source.copy_files(staging)
-    if history is not None:
-        history.save_to_json(str(staging / "trainer_state.json"))
     evaluation = {key: value for key, value in results.items() if key.startswith("eval_")}
-    write_json(staging / "all_results.json", results)
-    write_json(staging / "eval_results.json", evaluation)
+    written = {"all_results.json": results, "eval_results.json": evaluation, **files}
+    for name, content in written.items():
+        write_json(staging / name, content)
     quantization = {
         "quant_method": "qexport",
-        "format": "latent",
+        "format": form,
         "version": CONFIG_VERSION,
         "config_groups": modules_to_json(modules),
     }

@@ -1,25 +1,26 @@
-"""In what the products of training are computed; masters are float32 in any case."""
+"""In what dtype products are computed; weights that are worked on are float32 in any case."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from qexport.errors import UnsupportedError
-from qexport.train.config import TrainConfig
 
-__all__ = ["autocast", "precision_of"]
+__all__ = ["Precision", "autocast", "precision_of"]
+
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
 
-def precision_of(config: TrainConfig) -> str:
+def precision_of(asked: Precision) -> str:
     """`bf16` where the device multiplies it natively, unless told otherwise.
 
     Raises UnsupportedError for fp16 without a GPU, where nothing scales losses.
     """
-    if config.precision == "fp16" and not torch.cuda.is_available():
+    if asked == "fp16" and not torch.cuda.is_available():
         raise UnsupportedError("--precision fp16 wants a GPU; bf16 and fp32 train here too.")
-    if config.precision != "auto":
-        return config.precision
+    if asked != "auto":
+        return asked
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     try:

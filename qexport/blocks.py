@@ -11,7 +11,9 @@ from qexport.checkpoint import Checkpoint
 from qexport.modelling import meta_model
 from qexport.tensor import QuantizedTensor
 
-__all__ = ["Blocks", "Stream"]
+__all__ = ["Blocks", "Stream", "relative_error"]
+
+_NEGLIGIBLE = 1e-4  # of the median token's square
 
 
 class Blocks:
@@ -127,3 +129,15 @@ class Stream:
     def write(self, rows: slice, values: Tensor) -> None:
         """Rounded to the file's dtype."""
         self._data[rows] = values.to(self._data.dtype).cpu()
+
+
+def relative_error(made: Tensor, wanted: Tensor) -> Tensor:
+    """Of a block's output, in squares, each token alike.
+
+    A few tokens have activations a thousand times as large as the others.
+
+    A token that has nearly none, as one whose embedding is all zeros, does not blow it up.
+    """
+    norms = wanted.square().sum(-1)
+    least = (norms.median() * _NEGLIGIBLE).clamp(min=torch.finfo(torch.float32).tiny)
+    return ((made.float() - wanted).square().sum(-1) / norms.clamp(min=least)).mean()

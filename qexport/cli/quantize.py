@@ -1,0 +1,84 @@
+"""`qexport quantize`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qexport.cli.common import Command, json_option, print_json, progress_console
+
+_EPILOG = """\b
+Examples:
+  qexport quantize ./SmolLM2-135M --method gptq --bits 4 --calibration builtin -o run
+  qexport quantize ./SmolLM2-135M --method gptq --bits 2 --asym --group-size 64 \\
+      --calibration chats.jsonl -o run
+  qexport quantize ./SmolLM2-135M --method rtn --bits 8 --group-size -1 -o run
+
+\b
+Methods: rtn (nearest codes, scales of least squared error), gptq.
+A run that was killed goes on with its next block when the same command is given again."""
+
+
+@click.command(cls=Command, epilog=_EPILOG)
+@click.argument("model")
+@click.option("--method", required=True, help="See below.")
+@click.option("--bits", required=True, help="1, 1.58, 2, 3, 4 or 8.")
+@click.option("--group-size", default=128, show_default=True, help="-1 is per channel.")
+@click.option("--sym/--asym", default=True, help="A zero point for all, or one of each group.")
+@click.option("--grid", help="Another grid than --bits and --sym say: int2, say, or seq2.")
+@click.option("--calibration", metavar="SOURCE", help="builtin, a .jsonl or .txt, or a dataset id.")
+@click.option("--samples", default=128, show_default=True, help="Windows of it.")
+@click.option("--length", default=512, show_default=True, help="Tokens in a window.")
+@click.option("--include", multiple=True, metavar="PATTERN", help="Quantize these layers alone.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave these dense: '*.o_proj'.")
+@click.option(
+    "--module-bits",
+    multiple=True,
+    metavar="PATTERN=BITS[:GROUP]",
+    help="Widths of their own: '*.down_proj=4:32'; 16 is dense; the first that fits counts.",
+)
+@click.option("--percdamp", default=0.01, show_default=True, help="GPTQ: damping of the Hessian.")
+@click.option("--block-size", default=128, show_default=True, help="GPTQ: columns at a time.")
+@click.option(
+    "--act-order/--no-act-order", default=True, help="GPTQ: the most active inputs first."
+)
+@click.option("--refits", default=2, show_default=True, help="GPTQ: times scales are fitted again.")
+@click.option("--true-sequential/--no-true-sequential", default=True)
+@click.option("--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto")
+@click.option("--batch-size", default=8, show_default=True, help="Windows in a forward pass.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1))
+@click.option("--resume/--no-resume", default=True, help="Go on with the output's next block.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the RUN."
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be quantized, and stop.")
+@json_option
+def command(model: str, dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Quantize MODEL (a folder or a hub id) without training it, into a RUN.
+
+    The RUN is an ordinary checkpoint folder with codes and scales. `qexport pack` writes it in any
+    format.
+    """
+    from dataclasses import fields
+
+    from qexport.hub import local_folder
+    from qexport.quantize import GptqOptions, QuantizeConfig, quantize_model
+
+    group_size = options.pop("group_size")
+    own = {name.name: options.pop(name.name) for name in fields(GptqOptions)}
+    config = QuantizeConfig(
+        model=local_folder(model),
+        group_size=None if group_size == -1 else group_size,
+        gptq=GptqOptions(**own),
+        **options,
+    )
+    results = quantize_model(config, progress_console(), dry_run=dry_run)
+    if as_json:
+        print_json(results)
+    elif not dry_run:
+        errors = [layer["error"] for layer in results["layers"].values()]
+        mean = sum(errors) / len(errors)
+        click.echo(
+            f"{config.output}: {len(errors)} layers, {results['bits_per_weight']:.2f} bits per "
+            f"weight, mean error of their outputs {mean:.2%}"
+        )

@@ -1,0 +1,42 @@
+"""The text that a model is shown while it is quantized."""
+
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qexport.data import documents, tokenize, windows
+from qexport.quantize.config import QuantizeConfig
+
+__all__ = ["calibration_windows"]
+
+_DOCUMENTS = 64  # tokenized at a time
+
+
+def calibration_windows(
+    config: QuantizeConfig, tokenizer: Any, tell: Callable[[str], None]
+) -> Tensor:
+    """Token windows int64 [n, length], of as many as are asked for, or all that there are.
+
+    They are drawn by the seed from the text's beginning, eight times what is needed; no more of it
+    is read. Raises InputError or DataError as `documents` does, and for less than one window.
+    """
+    assert config.calibration is not None
+    wanted = config.samples * config.length
+    texts = documents(config.calibration, "calibration", tokenizer)
+    parts: list[Tensor] = []
+    while sum(map(len, parts)) < 8 * wanted:
+        batch = list(islice(texts, _DOCUMENTS))
+        if not batch:
+            break
+        parts.append(tokenize(batch, tokenizer))
+    found = windows(torch.cat(parts), config.length)
+    if len(found) < config.samples:
+        tell(
+            f"{config.calibration} has {len(found)} windows of {config.length} tokens, fewer than "
+            f"the {config.samples} asked for; all are taken."
+        )
+    dice = torch.Generator().manual_seed(config.seed)
+    return found[torch.randperm(len(found), generator=dice)[: config.samples]]

@@ -1,0 +1,149 @@
+"""What a quantization is asked to do, checked before anything heavy starts."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from qexport.errors import InputError
+from qexport.grid import GRIDS, Scheme
+from qexport.precision import Precision
+from qexport.quantize.gptq import GptqOptions
+from qexport.quantize.signround import SignRoundOptions
+from qexport.run_folder import model_state, text_state
+from qexport.selection import Rule, check_patterns, is_selected, parse_rule, rule_of
+
+__all__ = ["GRID_OF", "METHODS", "Method", "QuantizeConfig"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is done to a block, in this order.
+
+    scaling    fold factors of the inputs that are active into the weights
+    rounding   `nearest` codes, or `gptq`'s
+    learned    change roundings by what they do to the block's output
+    looks      needs calibration text
+    """
+
+    about: str
+    scaling: bool = False
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    learned: bool = False
+    looks: bool = True
+
+
+METHODS = {
+    "rtn": Method("nearest codes, by scales of least squared error; needs no text", looks=False),
+    "gptq": Method("what each rounding loses is made up for by the next", rounding="gptq"),
+    "awq": Method("weights of active inputs are rounded more finely", scaling=True),
+    "signround": Method("GPTQ, and then learned, block by block", rounding="gptq", learned=True),
+}
+GRID_OF = {  # by width, symmetric and not
+    **{"1": ("binary", None), "1.58": ("ternary", None), "2": ("seq2", "uint2")},
+    **{"3": ("int3", "uint3"), "4": ("int4", "uint4"), "8": ("int8", "uint8")},
+}
+_FREE_FIELDS = ("output", "resume", "batch_size")  # may differ between a kill and a resume
+_DENSE = "16"
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Settings of one quantization.
+
+    model, output     folders
+    method            name in METHODS
+    bits, sym         say the grid; `grid` names another one
+    group_size        inputs that share a scale; None is one per channel
+    calibration       text as in `qexport.data.documents`, of which `samples` windows of `length`
+                      tokens are taken; a method that looks at no activations needs none
+    include, exclude  patterns of the names of layers that are quantized, and that are not
+    module_bits       "PATTERN=BITS" or "PATTERN=BITS:GROUP"; the first that fits counts
+    true_sequential   layers of a block see what the ones before them have become
+    batch_size        windows in a forward pass
+    """
+
+    model: Path
+    output: Path
+    method: str
+    bits: str
+    sym: bool = True
+    grid: str | None = None
+    group_size: int | None = 128
+    calibration: str | None = None
+    samples: int = 128
+    length: int = 512
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    module_bits: tuple[str, ...] = ()
+    gptq: GptqOptions = field(default_factory=GptqOptions)
+    signround: SignRoundOptions = field(default_factory=SignRoundOptions)
+    true_sequential: bool = True
+    precision: Precision = "auto"
+    batch_size: int = 8
+    seed: int = 0
+    resume: bool = True
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise InputError(f"there is no --method {self.method}; there are {', '.join(METHODS)}.")
+        if self.bits not in GRID_OF:
+            raise InputError(f"--bits {self.bits} is not a width; choose {', '.join(GRID_OF)}.")
+        if self.grid is not None and self.grid not in GRIDS:
+            raise InputError(f"there is no --grid {self.grid}; there are {', '.join(GRIDS)}.")
+        if self.group_size is not None and self.group_size < 1:
+            raise InputError(f"--group-size {self.group_size} is not a group; use -1 per channel.")
+        if self.looks and self.calibration is None:
+            raise InputError(f"--method {self.method} wants --calibration; builtin will do.")
+        for name, least in {"samples": 1, "length": 8, "batch_size": 1}.items():
+            if getattr(self, name) < least:
+                raise InputError(f"--{name.replace('_', '-')} is less than {least}.")
+        if not 0 < self.gptq.percdamp < 1:
+            raise InputError(f"--percdamp {self.gptq.percdamp} is not between 0 and 1.")
+        for name in ("block_size", "refits"):
+            if getattr(self.gptq, name) < (0 if name == "refits" else 1):
+                raise InputError(f"--{name.replace('_', '-')} is too small.")
+        _ = self._rules, self._scheme(self.bits, self.group_size)
+
+    @property
+    def looks(self) -> bool:
+        """Whether the method looks at activations."""
+        return METHODS[self.method].looks
+
+    def scheme_of(self, layer: str) -> Scheme | None:
+        """By the name of a layer; None where it stays dense."""
+        rule = rule_of(layer, self._rules)
+        if rule is not None:
+            group_size = self.group_size if rule.group_size == 0 else rule.group_size
+            return None if rule.bits == _DENSE else self._scheme(rule.bits, group_size)
+        if not is_selected(layer, self.include, self.exclude):
+            return None
+        return self._scheme(self.bits, self.group_size)
+
+    def _scheme(self, bits: str, group_size: int | None) -> Scheme:
+        name = self.grid if bits == self.bits else None
+        if name is None:
+            name = GRID_OF[bits][0 if self.sym else 1]
+        if name is None:
+            raise InputError(f"--asym: there is no such grid of {bits} bits.")
+        return Scheme(GRIDS[name], group_size)
+
+    def check_patterns(self, layers: Iterable[str]) -> None:
+        """Raise InputError for a pattern that fits no layer."""
+        rules = (rule.pattern for rule in self._rules)
+        check_patterns((*self.include, *self.exclude, *rules), layers)
+
+    @property
+    def _rules(self) -> list[Rule]:
+        return [parse_rule(text, (*GRID_OF, _DENSE)) for text in self.module_bits]
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for one run to continue another, as it stands in the marker."""
+        found = {key: v for key, v in asdict(self).items() if key not in _FREE_FIELDS}
+        found["model"] = str(self.model.resolve())
+        found["model_files"] = model_state(self.model)
+        if self.calibration is not None:
+            found["calibration"] = text_state(self.calibration)
+        marked: dict[str, Any] = json.loads(json.dumps(found, default=str))
+        return marked

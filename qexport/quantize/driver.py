@@ -1,0 +1,258 @@
+"""From a dense model to a RUN of codes, one decoder block in memory at a time.
+
+Activations of the calibration text stand in a file: what enters the next block is what the blocks
+quantized so far make of the text, so that each one sees, and can make up for, what is lost before
+it. A run that was killed goes on with the block that it was in.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qexport.blocks import Blocks, Stream
+from qexport.checkpoint import Checkpoint, Modules, code_parts, code_tensors, module_of
+from qexport.errors import InputError
+from qexport.layers import quantized_modules
+from qexport.modelling import load_tokenizer, meta_model
+from qexport.output import disk_errors, mark, write_json
+from qexport.precision import autocast, precision_of
+from qexport.quantize.block import Activations, quantize_block
+from qexport.quantize.calibration import calibration_windows
+from qexport.quantize.config import METHODS, QuantizeConfig
+from qexport.run_folder import BLOCKS, claimed, finished, write_run
+from qexport.shards import Parts
+from qexport.source import check_names, dense_source, stored_dtype
+
+__all__ = ["quantize_model"]
+
+_DONE = "blocks.json"
+_STREAM = torch.bfloat16
+
+
+def quantize_model(
+    config: QuantizeConfig, console: Console, *, dry_run: bool = False
+) -> dict[str, Any]:
+    """Quantize into `config.output`; returns what `all_results.json` holds.
+
+    A dry run checks and announces everything and writes nothing. A run of the same settings that
+    was killed goes on with its next block, and one that is finished is not done again. Raises
+    InputError, DataError or CheckpointError before anything is written where the model, the text
+    or the output folder will not do.
+    """
+    source = dense_source(config.model)
+    identity = config.identity()
+    found = finished(config.output, identity, resume=config.resume)
+    if found is not None:
+        console.print(f"{config.output} is finished already; --no-resume quantizes it anew.")
+        return found
+    job = _prepared(config, source, console)
+    _announce(console, config, job)
+    if dry_run:
+        return {"modules": len(job.modules)}
+    claim = claimed(config.output, identity, resume=config.resume, progress=_progress)
+    with claim as run, disk_errors(run):
+        _Quantizer(config, job, run / BLOCKS, console).run()
+        results = _results(config, job, run / BLOCKS)
+        tensors = _tensors(job, run / BLOCKS)
+        write_run(run, source, job.modules, job.parts(), tensors, results, {}, "codes")
+        mark(run, "run", status="finished", settings=identity)
+    return results
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a quantization works with, once everything is checked; `stored` is the rest's dtype."""
+
+    source: Checkpoint
+    modules: Modules
+    stored: torch.dtype
+    windows: Tensor | None
+
+    def parts(self) -> Parts:
+        """Dtypes and shapes of the RUN's tensors."""
+        found: Parts = {}
+        for name, entry in self.source.entries.items():
+            module = module_of(name)
+            if module in self.modules and module != name:
+                found |= code_parts(module, *self.modules[module])
+            else:
+                found[name] = self.stored, entry.shape
+        return found
+
+
+def _prepared(config: QuantizeConfig, source: Checkpoint, console: Console) -> _Job:
+    plan = meta_model(source)
+    modules = quantized_modules(plan, config.scheme_of)
+    config.check_patterns(name for name, _ in plan.named_modules())
+    if not modules:
+        raise InputError("no layer is left to be quantized.")
+    check_names(source, plan)
+    windows = None
+    if config.looks:
+        tokenizer = load_tokenizer(config.model)
+        windows = calibration_windows(config, tokenizer, console.print)
+        if int(windows.max()) >= plan.config.vocab_size:
+            raise InputError(f"{config.model}: its tokenizer gives tokens outside its vocabulary.")
+        context = getattr(plan.config, "max_position_embeddings", None)
+        if context is not None and config.length > context:
+            raise InputError(f"--length {config.length} is beyond the context of {context}.")
+    return _Job(source, modules, stored_dtype(source), windows)
+
+
+def _announce(console: Console, config: QuantizeConfig, job: _Job) -> None:
+    what = ", ".join(dict.fromkeys(scheme.label for scheme, _ in job.modules.values()))
+    text = "no text" if job.windows is None else f"{job.windows.numel():,} tokens"
+    console.print(f"{config.method} of {len(job.modules)} layers to {what}, by {text}")
+
+
+def _progress(run: Path) -> bool:
+    return (run / BLOCKS / _DONE).exists()
+
+
+class _Quantizer:
+    """Goes through the blocks; what comes of each stands in `folder`."""
+
+    def __init__(self, config: QuantizeConfig, job: _Job, folder: Path, console: Console) -> None:
+        self._config = config
+        self._job = job
+        self._folder = folder
+        self._console = console
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._blocks = Blocks(job.source, job.stored, self._device)
+        self._precision = precision_of(config.precision)
+        count = 0 if job.windows is None else len(job.windows)
+        size = config.batch_size
+        self._rows = [slice(at, min(at + size, count)) for at in range(0, count, size)]
+        self._kinds = ("quantized", "dense") if METHODS[config.method].learned else ("quantized",)
+
+    def run(self) -> None:
+        """Every block that is not there yet."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        done = _done(self._folder)
+        first = len(done)
+        start = time.monotonic()
+        if first == 0:
+            self._embed()
+        for index in range(first, len(self._blocks)):
+            done.append(self._block(index))
+            write_json(self._folder / _DONE, {"blocks": done})
+            for kind in self._kinds:
+                (self._folder / f"{kind}-{index}.bin").unlink(missing_ok=True)
+            self._tell(index, done[-1], (time.monotonic() - start) / (index + 1 - first))
+
+    def _block(self, index: int) -> dict[str, Any]:
+        """Quantize a block, and say what has been lost."""
+        prefix = self._blocks.name(index)
+        schemes = {
+            module.removeprefix(prefix): scheme
+            for module, (scheme, _) in self._job.modules.items()
+            if module.startswith(prefix)
+        }
+        block = self._blocks.make(index)
+        text = None
+        if self._job.windows is not None:
+            targets = None
+            if "dense" in self._kinds:
+                self._advance(index, block, "dense")
+                targets = self._stream("dense", index + 1)
+            inputs = self._stream("quantized", index)
+            text = Activations(inputs, targets, self._rows, self._precision)
+        result = quantize_block(
+            self._config, self._blocks, index, block, schemes, self._job.stored, text
+        )
+        if text is not None and index + 1 < len(self._blocks):
+            self._advance(index, block, "quantized")
+        tensors = {prefix + name: value for name, value in result.dense.items()}
+        for name, tensor in result.layers.items():
+            tensors |= code_tensors(prefix + name, tensor)
+        whole = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        save_file(whole, self._folder / f"block-{index}.safetensors")
+        self._blocks.release(index)
+        return result.report
+
+    def _tell(self, index: int, report: dict[str, Any], each: float) -> None:
+        count = len(self._blocks)
+        told = [f"block {index + 1}/{count}"]
+        if "block" in report:
+            whole = report["block"]
+            told.append(f"error {whole['error_before']:.2%} -> {whole['error']:.2%}")
+        elif report:
+            name, worst = max(report.items(), key=lambda item: float(item[1]["error"]))
+            told.append(f"{name} loses most, {worst['error']:.2%}")
+        told.append(f"{each * (count - index - 1):.0f} s left")
+        self._console.print("  ".join(told), highlight=False)
+
+    def _stream(self, kind: str, index: int) -> Stream:
+        assert self._job.windows is not None
+        width = self._blocks.embed(self._job.windows[:1, :1]).shape[-1]
+        shape = (*self._job.windows.shape, width)
+        return Stream(self._folder / f"{kind}-{index}.bin", shape, _STREAM)
+
+    def _embed(self) -> None:
+        windows = self._job.windows
+        if windows is not None:
+            for kind in self._kinds:
+                stream = self._stream(kind, 0)
+                for rows in self._rows:
+                    stream.write(rows, self._blocks.embed(windows[rows]))
+
+    @torch.no_grad()
+    def _advance(self, index: int, block: nn.Module, kind: str) -> None:
+        """Run a stream of the text through a block."""
+        inputs, outputs = self._stream(kind, index), self._stream(kind, index + 1)
+        for rows in self._rows:
+            with autocast(self._precision, self._device):
+                made = self._blocks.run(index, block, inputs.read(rows, self._device))
+            outputs.write(rows, made)
+
+
+def _done(folder: Path) -> list[dict[str, Any]]:
+    """The reports of the blocks that are done."""
+    try:
+        found = json.loads((folder / _DONE).read_text(encoding="utf-8"))["blocks"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return found if isinstance(found, list) else []
+
+
+def _tensors(job: _Job, folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Those of the RUN: the blocks' own, and the source's for all else."""
+    written: set[str] = set()
+    for path in sorted(folder.glob("block-*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  # it is no mapping
+                written.add(name)
+                yield name, file.get_tensor(name)
+    for name in job.parts():
+        if name not in written:
+            yield name, job.source.dense(name).to(job.stored)
+
+
+def _results(config: QuantizeConfig, job: _Job, folder: Path) -> dict[str, Any]:
+    layers = {
+        f"model.layers.{index}.{name}": errors
+        for index, report in enumerate(_done(folder))
+        for name, errors in report.items()
+        if name != "block"
+    }
+    weights = sum(out * inputs for _, (out, inputs) in job.modules.values())
+    bits = sum(
+        scheme.bits_per_weight(inputs) * out * inputs
+        for scheme, (out, inputs) in job.modules.values()
+    )
+    return {
+        "method": config.method,
+        "bits_per_weight": bits / weights,
+        "tokens": 0 if job.windows is None else job.windows.numel(),
+        "seconds": sum(errors["seconds"] for errors in layers.values()),
+        "layers": layers,
+    }

@@ -1,0 +1,59 @@
+"""Which scheme a layer gets, by patterns of names."""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from qexport.errors import InputError
+
+__all__ = ["Rule", "check_patterns", "is_selected", "parse_rule", "rule_of"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Layers whose names fit `pattern` have a width of their own.
+
+    group_size   None is per channel, 0 is that of the others
+    """
+
+    pattern: str
+    bits: str
+    group_size: int | None
+
+
+def parse_rule(text: str, widths: Collection[str]) -> Rule:
+    """`PATTERN=BITS[:GROUP]`, with one of `widths`. Raises InputError for anything else."""
+    pattern, sign, value = text.rpartition("=")
+    bits, colon, group = value.partition(":")
+    if not pattern or not sign or bits not in widths:
+        *most, last = widths
+        raise InputError(
+            f"--module-bits {text}: give PATTERN=BITS, with {', '.join(most)} or {last}."
+        )
+    if not colon:
+        return Rule(pattern, bits, 0)
+    if group != "-1" and not (group.isdigit() and int(group) > 0):
+        raise InputError(f"--module-bits {text}: {group} is not a group size.")
+    return Rule(pattern, bits, None if group == "-1" else int(group))
+
+
+def rule_of(layer: str, rules: Iterable[Rule]) -> Rule | None:
+    """The first that fits."""
+    return next((rule for rule in rules if fnmatchcase(layer, rule.pattern)), None)
+
+
+def is_selected(layer: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> bool:
+    """Whether a name is included (all are where nothing is said) and not excluded."""
+    if any(fnmatchcase(layer, pattern) for pattern in exclude):
+        return False
+    return not include or any(fnmatchcase(layer, pattern) for pattern in include)
+
+
+def check_patterns(patterns: Iterable[str], layers: Iterable[str]) -> None:
+    """Raise InputError for a pattern that fits no layer."""
+    names = list(layers)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise InputError(
+                f"no layer's name fits {pattern}; they are like model.layers.0.self_attn.q_proj."
+            )

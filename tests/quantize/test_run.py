@@ -1,0 +1,258 @@
+"""`quantize` from a dense model to a RUN that packs exactly, and what goes wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from qexport.errors import CheckpointError, DataError, InputError, QexportError
+from qexport.formats import FORMATS, open_checkpoint
+from qexport.formats.base import Options
+from qexport.formats.pack import pack
+from qexport.quantize import GptqOptions, QuantizeConfig, quantize_model
+from qexport.quantize.config import METHODS
+from qexport.quantize.signround import SignRoundOptions
+from qexport.tiny import write_tiny_model
+from tests.conftest import Cli
+from tests.runtime.families import FAMILIES, make
+
+QUIET = Console(quiet=True)
+
+
+def config(model: Path, output: Path, **changes: object) -> QuantizeConfig:
+    settings: dict[str, object] = {
+        **{"method": "gptq", "bits": "4", "group_size": 32, "calibration": "builtin"},
+        **{"samples": 24, "length": 32, "precision": "fp32"},
+        "signround": SignRoundOptions(iterations=4),
+    }
+    return QuantizeConfig(model=model, output=output, **{**settings, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("bits", ["2", "3", "4", "8"])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_packs_exactly(
+    method: str, bits: str, sym: bool, tiny_model: Path, tmp_path: Path
+) -> None:
+    """To every format that holds its grid; what is not quantized is the model's own."""
+    run = tmp_path / "run"
+    group = 32 if sym else None
+    results = quantize_model(
+        config(tiny_model, run, method=method, bits=bits, sym=sym, group_size=group), QUIET
+    )
+    source, dense = open_checkpoint(run), open_checkpoint(tiny_model)
+    assert len(results["layers"]) == len(source.modules) == 14
+    assert all(scheme.symmetric == sym for scheme, _ in source.modules.values())
+    changed = {name for name in source if "layernorm" in name and method == "awq"}
+    for name in set(source) - {f"{module}.weight" for module in source.modules} - changed:
+        assert torch.equal(source.dense(name), dense.dense(name))
+    formats = []
+    for name, form in FORMATS.items():
+        if all(form.verdict(*entry, Options()).exact for entry in source.modules.values()):
+            assert pack(source, form, tmp_path / name).exact
+            formats.append(name)
+    assert "native" in formats
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_family(family: str, tmp_path: Path) -> None:
+    model = make(tmp_path / "model", family).folder
+    for method in ("gptq", "awq"):
+        asked = config(model, tmp_path / method, method=method, group_size=16)
+        results = quantize_model(asked, QUIET)
+        assert pack(open_checkpoint(tmp_path / method), FORMATS["native"], tmp_path / "out").exact
+        if method == "gptq":
+            for layer in results["layers"].values():
+                assert layer["error"] < layer["rtn_error"]
+
+
+def test_widths_of_their_own(tiny_model: Path, tmp_path: Path) -> None:
+    asked = config(
+        tiny_model,
+        tmp_path / "run",
+        module_bits=("*.down_proj=8:-1", "*.0.*.q_proj=16"),
+        exclude=("*.v_proj",),
+        method="awq",
+    )
+    quantize_model(asked, QUIET)
+    modules = open_checkpoint(tmp_path / "run").modules
+    found = {name.removeprefix("model.layers."): scheme for name, (scheme, _) in modules.items()}
+    assert found["1.mlp.down_proj"].label == "int8 per channel"
+    assert found["1.self_attn.q_proj"].label == "int4 g32"
+    assert "0.self_attn.q_proj" not in found
+    assert not [name for name in found if "v_proj" in name]
+
+
+def test_all_that_is_seen_at_once(tiny_model: Path, tmp_path: Path) -> None:
+    """Without `true_sequential`: one pass a block, other codes."""
+    made = []
+    for sequential in (True, False):
+        run = tmp_path / str(sequential)
+        quantize_model(config(tiny_model, run, bits="2", true_sequential=sequential), QUIET)
+        made.append(open_checkpoint(run).quantized("model.layers.0.mlp.down_proj.weight").codes)
+    assert not torch.equal(*made)
+
+
+@pytest.mark.parametrize("method", ["gptq", "signround"])
+def test_a_killed_run_goes_on_with_its_block(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To identical codes, without doing again what is done; another recipe is refused."""
+    model = write_tiny_model(tmp_path / "model", num_hidden_layers=6)
+    whole, cut = (config(model, tmp_path / name, method=method) for name in ("whole", "cut"))
+    quantize_model(whole, QUIET)
+    script = (
+        "import sys; from tests.quantize.test_run import *; "
+        f"quantize_model(config(Path({str(model)!r}), Path({str(cut.output)!r}), "
+        f"method={method!r}), QUIET)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script])
+    done = cut.output / ".blocks" / "blocks.json"
+    deadline = time.monotonic() + 120
+    while not done.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = len(json.loads(done.read_text())["blocks"])
+    assert 1 <= finished < 6
+    with pytest.raises(InputError, match="holds another run"):
+        quantize_model(
+            config(model, cut.output, method=method, gptq=GptqOptions(percdamp=0.05)), QUIET
+        )
+    made: list[int] = []
+    original = quantize_model.__globals__["quantize_block"]
+
+    def counted(*arguments: object) -> object:
+        made.append(1)
+        return original(*arguments)
+
+    monkeypatch.setitem(quantize_model.__globals__, "quantize_block", counted)
+    quantize_model(cut, QUIET)
+    assert len(made) == 6 - finished
+    first, second = open_checkpoint(whole.output), open_checkpoint(cut.output)
+    for module in first.modules:
+        one, other = (found.quantized(f"{module}.weight") for found in (first, second))
+        assert torch.equal(one.codes, other.codes)
+        assert torch.equal(one.scales, other.scales)
+    quantize_model(cut, QUIET)
+    assert len(made) == 6 - finished  # it is finished
+
+
+def changed(model: Path, target: Path, name: str, change: object) -> Path:
+    """A copy of a model with one of its tensors changed."""
+    target.mkdir()
+    for file in model.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(target / "model.safetensors")
+    tensors[name] = change(tensors[name])  # type: ignore[operator]
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+def test_damage_names_the_layer(tiny_model: Path, tmp_path: Path) -> None:
+    def broken(tensor: torch.Tensor) -> torch.Tensor:
+        tensor[0, 0] = float("nan")
+        return tensor
+
+    layer = "model.layers.1.mlp.up_proj"
+    weights = changed(tiny_model, tmp_path / "weights", f"{layer}.weight", broken)
+    with pytest.raises(QexportError, match=rf"{layer} holds a NaN"):
+        quantize_model(config(weights, tmp_path / "run", method="rtn"), QUIET)
+    inputs = changed(tiny_model, tmp_path / "inputs", "model.embed_tokens.weight", broken)
+    with pytest.raises(QexportError, match=r"layers.0.self_attn.q_proj are not finite"):
+        quantize_model(config(inputs, tmp_path / "other"), QUIET)
+    assert not (tmp_path / "other").exists()
+
+
+def test_inputs_that_are_never_active(tiny_model: Path, tmp_path: Path) -> None:
+    """A dead column's weights are rounded to nearest; nothing else is disturbed."""
+
+    def dead(norm: torch.Tensor) -> torch.Tensor:
+        norm[:5] = 0
+        return norm
+
+    model = changed(tiny_model, tmp_path / "model", "model.layers.0.input_layernorm.weight", dead)
+    for method in METHODS:
+        results = quantize_model(config(model, tmp_path / method, method=method), QUIET)
+        assert all(layer["error"] < 0.1 for layer in results["layers"].values())
+
+
+def test_too_little_text(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("a few words " * 4)
+    with pytest.raises(DataError, match="fewer than one window of 64"):
+        quantize_model(
+            config(tiny_model, tmp_path / "run", calibration=str(text), length=64), QUIET
+        )
+    console = Console()
+    quantize_model(config(tiny_model, tmp_path / "run", calibration=str(text)), console)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "has 1 windows of 32 tokens, fewer than the 24 asked for" in told
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "magic"}, "there is no --method magic; there are rtn, gptq"),
+        ({"bits": "5"}, "--bits 5 is not a width"),
+        ({"bits": "1", "sym": False}, "no such grid of 1 bits"),
+        ({"grid": "int17"}, "there is no --grid int17"),
+        ({"group_size": 0}, "is not a group"),
+        ({"group_size": 48}, "--group-size 48 does not divide the 64 inputs"),
+        ({"calibration": None}, "wants --calibration"),
+        ({"calibration": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
+        ({"samples": 0}, "--samples is less than 1"),
+        ({"length": 4096}, "--length 4096 is beyond the context of 512"),
+        ({"exclude": ("*",)}, "no layer is left"),
+        ({"include": ("nothing",)}, "no layer's name fits nothing"),
+        ({"gptq": GptqOptions(percdamp=0)}, "--percdamp 0 is not between 0 and 1"),
+    ],
+)
+def test_mistakes(
+    changes: dict[str, object], message: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        quantize_model(config(tiny_model, tmp_path / "run", **changes), QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_run_is_told(tiny_model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    quantize_model(config(tiny_model, run, bits="3"), QUIET)
+    tensors = load_file(run / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 9
+    save_file(tensors, run / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="holds code 9, and int3 has 8 levels"):
+        open_checkpoint(run).quantized("model.layers.0.mlp.up_proj.weight")
+
+
+def test_the_command(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
+    """From quantize to pack, verify and eval; what a dry run leaves."""
+    arguments = ("quantize", tiny_model, "--method", "gptq", "--bits", 4, "--group-size", 32)
+    text = ("--calibration", "builtin", "--samples", 8, "--length", 32)
+    dry = cli(*arguments, *text, "-o", "run", "--dry-run", cwd=tmp_path)
+    assert dry.returncode == 0
+    assert "14 layers to int4 g32, by 256 tokens" in dry.stderr
+    assert not (tmp_path / "run").exists()
+    done = cli(*arguments, *text, "-o", "run", "--json", cwd=tmp_path)
+    assert json.loads(done.stdout)["bits_per_weight"] == 4.5
+    for command in (
+        ("pack", "run", "--format", "gptq", "-o", "packed"),
+        ("verify", "run", "packed"),
+        ("eval", "run", "--window", 64, "--max-tokens", 256),
+        ("inspect", "run"),
+    ):
+        assert cli(*command, cwd=tmp_path).returncode == 0
+    again = cli("train", "run", "--data", "builtin", "--bits", 4, "-o", "other", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "start from a dense checkpoint" in again.stderr
