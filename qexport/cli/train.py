@@ -52,6 +52,9 @@ class _TrainCommand(Command):
     metavar="PATTERN=BITS[:GROUP]",
     help="Widths of their own: '*.down_proj=4:32'; the first that fits counts.",
 )
+@click.option(
+    "--init", type=click.Path(path_type=Path), help="A RUN of `qexport quantize` to begin with."
+)
 @click.option("--max-steps", type=int, help="Optimizer steps; default one pass over the data.")
 @click.option("--max-length", default=512, show_default=True, help="Tokens in a window.")
 @click.option("--batch-size", default=4, show_default=True, help="Windows in a forward pass.")

@@ -46,6 +46,7 @@ class TrainConfig:
     include, exclude       patterns of the names of layers that are quantized, and that are not
     module_bits            "PATTERN=BITS" or "PATTERN=BITS:GROUP" for layers with a width of their
                            own; the first one that fits counts
+    init                   a RUN of `quantize` to begin with, in place of a start by blocks
     loss_on                all tokens, or in conversations what the assistant says alone
     max_steps              optimizer steps; None is one pass over the data
     max_length             tokens in a window; batch_size windows in a forward pass
@@ -71,6 +72,7 @@ class TrainConfig:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     module_bits: tuple[str, ...] = ()
+    init: Path | None = None
     max_steps: int | None = None
     max_length: int = 512
     batch_size: int = 4
@@ -160,6 +162,8 @@ class TrainConfig:
             raise InputError(
                 "--bits 16 has no blocks to start with; leave out --block-epochs and -compensated."
             )
+        if self.init is not None and (self.phase == "block" or self.bits == DENSE):
+            raise InputError("--init is a start of its own; leave out --phase block and --bits 16.")
         if self.phase == "block" and not settings.has_start:
             raise InputError(f"--phase block: {self.recipe} has none; give --block-epochs too.")
 
@@ -259,6 +263,8 @@ class TrainConfig:
         found["settings"] = asdict(self.settings)  # a recipe that has changed is another one
         found["model"] = str(self.model.resolve())
         found["model_files"] = model_state(self.model)
+        if self.init is not None:
+            found["init"] = [str(self.init.resolve()), model_state(self.init)]
         found["data"] = [[*text_state(name), weight] for name, weight in self.sources]
         if self.eval_data is not None:
             found["eval_data"] = text_state(self.eval_data)

@@ -26,6 +26,7 @@ from qexport.train.alone import block_results, block_tensors
 from qexport.train.block import DONE, load_blocks
 from qexport.train.config import DENSE, TrainConfig
 from qexport.train.fuse import fusing
+from qexport.train.init import check_init, start_from
 from qexport.train.phases import make_teacher, start_by_blocks
 from qexport.train.prepare import prepare, run_parts, run_tensors
 from qexport.train.progress import ProgressReport
@@ -103,6 +104,8 @@ def _prepared(config: TrainConfig, source: Checkpoint, console: Console) -> _Job
     if not modules and config.bits != DENSE:
         raise InputError("no layer is left to be quantized; --bits 16 trains a dense model.")
     check_names(source, plan)
+    if config.init is not None:
+        check_init(config, source, modules)
     fused = fusing(config, modules, max_steps, console)
     stored = stored_dtype(source)
     return _Job(
@@ -127,6 +130,10 @@ def _carry_out(config: TrainConfig, job: _Job, run: Path, console: Console) -> d
     resumed = state.last_checkpoint(run)
     if resumed is not None:
         console.print(f"resuming from {resumed.name}")
+    elif config.init is not None:
+        if is_main() and not (run / BLOCKS / DONE).exists():
+            start_from(config.init, config, job.stored, run / BLOCKS)
+        barrier()
     elif config.phase != "end" and config.settings.has_start:
         if is_main():
             start_by_blocks(
