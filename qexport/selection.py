@@ -14,27 +14,36 @@ class Rule:
     """Layers whose names fit `pattern` have a width of their own.
 
     group_size   None is per channel, 0 is that of the others
+    method       None is that of the others
     """
 
     pattern: str
     bits: str
     group_size: int | None
+    method: str | None = None
 
 
-def parse_rule(text: str, widths: Collection[str]) -> Rule:
-    """`PATTERN=BITS[:GROUP]`, with one of `widths`. Raises InputError for anything else."""
+def parse_rule(text: str, widths: Collection[str], methods: Collection[str] = ()) -> Rule:
+    """`PATTERN=BITS[:GROUP[:METHOD]]`, with one of `widths` and of `methods`.
+
+    Raises InputError for anything else.
+    """
     pattern, sign, value = text.rpartition("=")
-    bits, colon, group = value.partition(":")
+    bits, *rest = value.split(":")
     if not pattern or not sign or bits not in widths:
         *most, last = widths
         raise InputError(
             f"--module-bits {text}: give PATTERN=BITS, with {', '.join(most)} or {last}."
         )
-    if not colon:
-        return Rule(pattern, bits, 0)
+    if (len(rest) > 1 and rest[1] not in methods) or len(rest) > 2:
+        known = f"; a method is one of {', '.join(methods)}" if methods else ""
+        raise InputError(f"--module-bits {text}: {':'.join(rest[1:])} is too much{known}.")
+    group, method = rest[0] if rest else "", rest[1] if len(rest) > 1 else None
+    if group == "":
+        return Rule(pattern, bits, 0, method)
     if group != "-1" and not (group.isdigit() and int(group) > 0):
         raise InputError(f"--module-bits {text}: {group} is not a group size.")
-    return Rule(pattern, bits, None if group == "-1" else int(group))
+    return Rule(pattern, bits, None if group == "-1" else int(group), method)
 
 
 def rule_of(layer: str, rules: Iterable[Rule]) -> Rule | None:

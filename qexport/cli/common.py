@@ -32,6 +32,10 @@ class Command(click.Command):
             )
         )
 
+    def recipe(self, values: Mapping[Any, Any]) -> Mapping[Any, Any]:
+        """The options of a file that is written in another's words; a command may know some."""
+        return values
+
     def make_context(
         self,
         info_name: str | None,
@@ -60,6 +64,8 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
         raise click.UsageError(f"{path} is not valid YAML: {reason}", ctx) from error
     if not isinstance(values, dict):
         raise click.UsageError(f"{path} does not hold options by name.", ctx)
+    if isinstance(ctx.command, Command):
+        values = ctx.command.recipe(values)
     ctx.default_map = {**(ctx.default_map or {}), **_options(values, ctx, path)}
 
 

@@ -1,5 +1,7 @@
 """`qexport quantize`."""
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,23 @@ Methods: rtn (nearest codes, scales of least squared error), gptq.
 A run that was killed goes on with its next block when the same command is given again."""
 
 
-@click.command(cls=Command, epilog=_EPILOG)
+class _QuantizeCommand(Command):
+    def recipe(self, values: Mapping[Any, Any]) -> Mapping[Any, Any]:
+        """msModelSlim's recipes, and GPTQ's and AWQ's names."""
+        from qexport.quantize.recipe import options_of
+
+        return options_of(values, partial(click.echo, err=True))
+
+
+@click.command(cls=_QuantizeCommand, epilog=_EPILOG)
 @click.argument("model")
 @click.option("--method", required=True, help="See below.")
-@click.option("--bits", required=True, help="1, 1.58, 2, 3, 4 or 8.")
+@click.option("--bits", help="1, 1.58, 2, 3, 4 or 8; or --target-bpw.")
+@click.option(
+    "--target-bpw", type=float, help="Mix widths of 2, 3, 4 and 8 to so many bits per weight."
+)
 @click.option("--group-size", default=128, show_default=True, help="-1 is per channel.")
+@click.option("--per-tensor", is_flag=True, help="One scale a layer; with --group-size -1.")
 @click.option("--sym/--asym", default=True, help="A zero point for all, or one of each group.")
 @click.option("--grid", help="Another grid than --bits and --sym say: int2, say, or seq2.")
 @click.option("--calibration", metavar="SOURCE", help="builtin, a .jsonl or .txt, or a dataset id.")
@@ -34,8 +48,8 @@ A run that was killed goes on with its next block when the same command is given
 @click.option(
     "--module-bits",
     multiple=True,
-    metavar="PATTERN=BITS[:GROUP]",
-    help="Widths of their own: '*.down_proj=4:32'; 16 is dense; the first that fits counts.",
+    metavar="PATTERN=BITS[:GROUP[:METHOD]]",
+    help="Of their own: '*.down_proj=4:32:rtn'; 16 is dense; the first that fits counts.",
 )
 @click.option("--percdamp", default=0.01, show_default=True, help="GPTQ: damping of the Hessian.")
 @click.option("--block-size", default=128, show_default=True, help="GPTQ: columns at a time.")
@@ -64,6 +78,9 @@ def command(model: str, dry_run: bool, as_json: bool, **options: Any) -> None:
     from qexport.hub import local_folder
     from qexport.quantize import GptqOptions, QuantizeConfig, quantize_model
 
+    if (options["bits"] is None) == (options["target_bpw"] is None):
+        raise click.UsageError("give either --bits or --target-bpw.", click.get_current_context())
+    options["bits"] = options["bits"] or "4"
     group_size = options.pop("group_size")
     own = {name.name: options.pop(name.name) for name in fields(GptqOptions)}
     config = QuantizeConfig(

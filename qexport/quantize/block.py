@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -123,6 +123,7 @@ def _round(
     found: dict[str, Rounding] = {}
     report: dict[str, dict[str, Any]] = {}
     seen: dict[str, Seen] = {}
+    prefix = blocks.name(index)
     for stage in STAGES:
         mine = [name for name in stage if name in schemes]
         if not mine:
@@ -130,24 +131,23 @@ def _round(
         if text is not None and stage[0] not in seen:
             wanted = [stage[0]] if config.true_sequential else [names[0] for names in STAGES]
             seen = look(blocks, index, block, wanted, text.inputs, text.rows, text.precision)
-        inputs = _inputs(config, blocks.name(index) + stage[0], seen.get(stage[0]))
+        by_gptq = [name for name in mine if config.rounding_of(prefix + name) == "gptq"]
+        inputs = _inputs(config, prefix + stage[0], seen[stage[0]]) if by_gptq else None
         for name in mine:
             layer: Any = block.get_submodule(name)
             weight = layer.weight.detach().clone()
             if not bool(weight.isfinite().all()):
-                raise QexportError(f"{blocks.name(index)}{name} holds a NaN or an infinity.")
+                raise QexportError(f"{prefix}{name} holds a NaN or an infinity.")
+            own = inputs if name in by_gptq else None
             found[name], report[name] = _rounded(
-                config, weight, schemes[name], seen.get(stage[0]), inputs
+                config, weight, schemes[name], seen.get(stage[0]), own
             )
             layer.weight.data.copy_(found[name].tensor().dequantize())
     return found, report
 
 
-def _inputs(config: QuantizeConfig, name: str, seen: Seen | None) -> Inputs | None:
-    """What GPTQ works with, where that is the method."""
-    if METHODS[config.method].rounding != "gptq":
-        return None
-    assert seen is not None
+def _inputs(config: QuantizeConfig, name: str, seen: Seen) -> Inputs:
+    """What GPTQ works with."""
     try:
         return Inputs.of(seen.hessian, config.gptq)
     except QexportError as error:
@@ -163,12 +163,14 @@ def _rounded(
 ) -> tuple[Rounding, dict[str, Any]]:
     """A layer, and the relative errors of its output: its own, and what RTN would have made."""
     start = time.monotonic()
-    simple = nearest(weight, scheme, seen)
+    simple = nearest(weight, scheme, seen, per_tensor=config.per_tensor)
     found = simple
     if inputs is not None:
-        found = gptq(weight, inputs, simple.fit, scheme, config.gptq)
+        options = replace(config.gptq, refits=0) if config.per_tensor else config.gptq
+        found = gptq(weight, inputs, simple.fit, scheme, options)
     hessian = torch.eye(weight.shape[1], device=weight.device) if seen is None else seen.hessian
     return found, {
+        "scheme": scheme.label,
         "error": output_error(weight, found.tensor().dequantize(), hessian),
         "rtn_error": output_error(weight, simple.tensor().dequantize(), hessian),
         "seconds": round(time.monotonic() - start, 3),

@@ -14,7 +14,7 @@ from qexport.quantize.signround import SignRoundOptions
 from qexport.run_folder import model_state, text_state
 from qexport.selection import Rule, check_patterns, is_selected, parse_rule, rule_of
 
-__all__ = ["GRID_OF", "METHODS", "Method", "QuantizeConfig"]
+__all__ = ["GRID_OF", "METHODS", "ROUNDINGS", "Method", "QuantizeConfig"]
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,14 @@ METHODS = {
     "awq": Method("weights of active inputs are rounded more finely", scaling=True),
     "signround": Method("GPTQ, and then learned, block by block", rounding="gptq", learned=True),
 }
+ROUNDINGS = ("rtn", "gptq")  # methods that a layer may have for itself
 GRID_OF = {  # by width, symmetric and not
     **{"1": ("binary", None), "1.58": ("ternary", None), "2": ("seq2", "uint2")},
     **{"3": ("int3", "uint3"), "4": ("int4", "uint4"), "8": ("int8", "uint8")},
 }
 _FREE_FIELDS = ("output", "resume", "batch_size")  # may differ between a kill and a resume
 _DENSE = "16"
+_MIXED = ("2", "3", "4", "8")
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,15 @@ class QuantizeConfig:
     model, output     folders
     method            name in METHODS
     bits, sym         say the grid; `grid` names another one
+    target_bpw        bits per weight, scales and all, that widths of 2, 3, 4 and 8 are to come to,
+                      chosen by what they cost; `bits` is then of no layer
     group_size        inputs that share a scale; None is one per channel
+    per_tensor        one scale for a whole layer, in place of groups
     calibration       text as in `qexport.data.documents`, of which `samples` windows of `length`
                       tokens are taken; a method that looks at no activations needs none
     include, exclude  patterns of the names of layers that are quantized, and that are not
-    module_bits       "PATTERN=BITS" or "PATTERN=BITS:GROUP"; the first that fits counts
+    module_bits       "PATTERN=BITS[:GROUP[:METHOD]]", the method one of ROUNDINGS; the first that
+                      fits counts
     true_sequential   layers of a block see what the ones before them have become
     batch_size        windows in a forward pass
     """
@@ -68,9 +74,11 @@ class QuantizeConfig:
     output: Path
     method: str
     bits: str
+    target_bpw: float | None = None
     sym: bool = True
     grid: str | None = None
     group_size: int | None = 128
+    per_tensor: bool = False
     calibration: str | None = None
     samples: int = 128
     length: int = 512
@@ -104,12 +112,27 @@ class QuantizeConfig:
         for name in ("block_size", "refits"):
             if getattr(self.gptq, name) < (0 if name == "refits" else 1):
                 raise InputError(f"--{name.replace('_', '-')} is too small.")
+        if self.per_tensor and (self.group_size is not None or METHODS[self.method].learned):
+            raise InputError("--per-tensor goes neither with --group-size nor with signround.")
+        if self.target_bpw is not None and not 2 <= self.target_bpw <= 9:
+            raise InputError(f"--target-bpw {self.target_bpw} is not between 2 and 9.")
+        if self.target_bpw is not None and (self.grid is not None or self.calibration is None):
+            raise InputError("--target-bpw wants --calibration, and no --grid.")
         _ = self._rules, self._scheme(self.bits, self.group_size)
 
     @property
     def looks(self) -> bool:
-        """Whether the method looks at activations."""
-        return METHODS[self.method].looks
+        """Whether any method looks at activations."""
+        methods = {self.method, *(rule.method or self.method for rule in self._rules)}
+        return any(METHODS[name].looks for name in methods)
+
+    def choices(self, layer: str) -> list[tuple[str, Scheme]]:
+        """Widths and schemes that a layer may have where a target is given."""
+        rule = rule_of(layer, self._rules)
+        if rule is not None:
+            scheme = self.scheme_of(layer)
+            return [] if scheme is None else [(rule.bits, scheme)]
+        return [(bits, self._scheme(bits, self.group_size)) for bits in _MIXED]
 
     def scheme_of(self, layer: str) -> Scheme | None:
         """By the name of a layer; None where it stays dense."""
@@ -129,6 +152,11 @@ class QuantizeConfig:
             raise InputError(f"--asym: there is no such grid of {bits} bits.")
         return Scheme(GRIDS[name], group_size)
 
+    def rounding_of(self, layer: str) -> str:
+        """`nearest` or `gptq`, by the name of a layer."""
+        rule = rule_of(layer, self._rules)
+        return METHODS[rule.method if rule and rule.method else self.method].rounding
+
     def check_patterns(self, layers: Iterable[str]) -> None:
         """Raise InputError for a pattern that fits no layer."""
         rules = (rule.pattern for rule in self._rules)
@@ -136,7 +164,7 @@ class QuantizeConfig:
 
     @property
     def _rules(self) -> list[Rule]:
-        return [parse_rule(text, (*GRID_OF, _DENSE)) for text in self.module_bits]
+        return [parse_rule(text, (*GRID_OF, _DENSE), ROUNDINGS) for text in self.module_bits]
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for one run to continue another, as it stands in the marker."""

@@ -7,8 +7,8 @@ it. A run that was killed goes on with the block that it was in.
 
 import json
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from qexport.blocks import Blocks, Stream
 from qexport.checkpoint import Checkpoint, Modules, code_parts, code_tensors, module_of
 from qexport.errors import InputError
 from qexport.layers import quantized_modules
-from qexport.modelling import load_tokenizer, meta_model
+from qexport.modelling import build_model, load_tokenizer, meta_model
 from qexport.output import disk_errors, mark, write_json
 from qexport.precision import autocast, precision_of
+from qexport.quantize.activations import STAGES
 from qexport.quantize.block import Activations, quantize_block
 from qexport.quantize.calibration import calibration_windows
 from qexport.quantize.config import METHODS, QuantizeConfig
+from qexport.quantize.sensitivity import measure, widths_for
 from qexport.run_folder import BLOCKS, claimed, finished, write_run
 from qexport.shards import Parts
 from qexport.source import check_names, dense_source, stored_dtype
@@ -36,6 +38,8 @@ __all__ = ["quantize_model"]
 
 _DONE = "blocks.json"
 _STREAM = torch.bfloat16
+_WIDTHS = "widths.json"
+_SENSITIVITY = 16  # windows by which it is measured
 
 
 def quantize_model(
@@ -60,6 +64,8 @@ def quantize_model(
         return {"modules": len(job.modules)}
     claim = claimed(config.output, identity, resume=config.resume, progress=_progress)
     with claim as run, disk_errors(run):
+        if config.target_bpw is not None:
+            job = replace(job, modules=_mixed(config, job, run / BLOCKS, console))
         _Quantizer(config, job, run / BLOCKS, console).run()
         results = _results(config, job, run / BLOCKS)
         tensors = _tensors(job, run / BLOCKS)
@@ -110,12 +116,53 @@ def _prepared(config: QuantizeConfig, source: Checkpoint, console: Console) -> _
 
 def _announce(console: Console, config: QuantizeConfig, job: _Job) -> None:
     what = ", ".join(dict.fromkeys(scheme.label for scheme, _ in job.modules.values()))
+    if config.target_bpw is not None:
+        what = f"{config.target_bpw:g} bits per weight"
     text = "no text" if job.windows is None else f"{job.windows.numel():,} tokens"
     console.print(f"{config.method} of {len(job.modules)} layers to {what}, by {text}")
 
 
 def _progress(run: Path) -> bool:
     return (run / BLOCKS / _DONE).exists()
+
+
+def _mixed(config: QuantizeConfig, job: _Job, folder: Path, console: Console) -> Modules:
+    """The modules with widths that come to the target; measured once, and kept in `folder`."""
+    assert config.target_bpw is not None
+    assert job.windows is not None
+    choices = {name: config.choices(name) for name in job.modules}
+    kept = folder / _WIDTHS
+    if kept.exists():
+        widths: dict[str, str] = json.loads(kept.read_text(encoding="utf-8"))
+    else:
+        source = job.source
+        model = build_model(source, torch.float32, lambda name: source.dense(name).float())
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        windows = job.windows[:_SENSITIVITY]
+        losses = measure(model.to(device), windows, choices, console.print)
+        inputs = {name: shape[1] for name, (_, shape) in job.modules.items()}
+        sizes = {
+            name: {bits: scheme.bits_per_weight(inputs[name]) for bits, scheme in of_layer}
+            for name, of_layer in choices.items()
+        }
+        counts = {name: out * wide for name, (_, (out, wide)) in job.modules.items()}
+        together = _together(list(job.modules), choices)
+        widths = widths_for(losses, sizes, counts, together, config.target_bpw)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(kept, widths)
+    return {
+        name: (dict(choices[name])[widths[name]], shape) for name, (_, shape) in job.modules.items()
+    }
+
+
+def _together(names: list[str], choices: Mapping[str, Any]) -> list[list[str]]:
+    """Layers of a block that see the same inputs, and may have the same widths."""
+    found: dict[Any, list[str]] = {}
+    for name in names:
+        stage = next(i for i, stage in enumerate(STAGES) if name.endswith(stage))
+        block = name.removesuffix(next(end for end in STAGES[stage] if name.endswith(end)))
+        found.setdefault((block, stage, tuple(choices[name])), []).append(name)
+    return list(found.values())
 
 
 class _Quantizer:

@@ -9,7 +9,7 @@ from torch import Tensor
 from qexport.grid import Grid, Scheme
 from qexport.tensor import portable, quantize
 
-__all__ = ["Fit", "fit"]
+__all__ = ["Fit", "fit", "fit_tensor"]
 
 _RANGES = 33
 _REFITS = 2
@@ -36,12 +36,21 @@ def fit(
     coarse       try a few ranges alone, where this is done many times
     """
     rows = max(1, _CHUNK // weight.shape[1])
-    parts = [_fit(part, scheme, importance, coarse) for part in torch.split(weight, rows)]
+    parts = [_fit(part, scheme, importance, coarse=coarse) for part in torch.split(weight, rows)]
     zeros = [part.zeros for part in parts if part.zeros is not None]
     return Fit(torch.cat([part.scale for part in parts]), torch.cat(zeros) if zeros else None)
 
 
-def _fit(weight: Tensor, scheme: Scheme, importance: Tensor | None, coarse: bool) -> Fit:
+def fit_tensor(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Fit:
+    """One scale (and zero point) for all of `weight`, given for every channel: [out, 1]."""
+    out = len(weight)
+    matters = None if importance is None else importance.repeat(out)
+    found = _fit(weight.reshape(1, -1), scheme, matters, coarse=False)
+    zeros = None if found.zeros is None else found.zeros.expand(out, 1).contiguous()
+    return Fit(found.scale.expand(out, 1).contiguous(), zeros)
+
+
+def _fit(weight: Tensor, scheme: Scheme, importance: Tensor | None, *, coarse: bool) -> Fit:
     out, inputs = weight.shape
     grouped = weight.reshape(out, scheme.groups(inputs), -1)
     best = _Best(weight, scheme, importance)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from qexport.grid import Scheme
 from qexport.quantize.activations import Seen, importance
-from qexport.quantize.fit import Fit, fit
+from qexport.quantize.fit import Fit, fit, fit_tensor
 from qexport.tensor import QuantizedTensor, quantize
 
 __all__ = ["Rounding", "nearest"]
@@ -25,7 +25,10 @@ class Rounding:
         return quantize(self.weight, self.fit.scale, self.scheme, self.fit.zeros)
 
 
-def nearest(weight: Tensor, scheme: Scheme, seen: Seen | None) -> Rounding:
+def nearest(
+    weight: Tensor, scheme: Scheme, seen: Seen | None, *, per_tensor: bool = False
+) -> Rounding:
     """Round to nearest (RTN), by scales of least squared error: of outputs, where they are seen."""
     weights = None if seen is None else importance(seen.hessian)
-    return Rounding(weight, fit(weight, scheme, weights), scheme)
+    found = (fit_tensor if per_tensor else fit)(weight, scheme, weights)
+    return Rounding(weight, found, scheme)
