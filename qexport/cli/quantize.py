@@ -17,7 +17,9 @@ Examples:
   qexport quantize ./SmolLM2-135M --method rtn --bits 8 --group-size -1 -o run
 
 \b
-Methods: rtn (nearest codes, scales of least squared error), gptq.
+Methods: rtn (nearest codes, by scales of least squared error; needs no text), gptq,
+awq, signround (GPTQ, and then learned by what it does to a block's output), w8a8
+(SmoothQuant; `qexport pack --format int-quantized` serves it with int8 activations).
 A run that was killed goes on with its next block when the same command is given again."""
 
 
@@ -57,6 +59,7 @@ class _QuantizeCommand(Command):
     "--act-order/--no-act-order", default=True, help="GPTQ: the most active inputs first."
 )
 @click.option("--refits", default=2, show_default=True, help="GPTQ: times scales are fitted again.")
+@click.option("--smooth", default=0.5, show_default=True, help="W8A8: range moved to weights.")
 @click.option("--true-sequential/--no-true-sequential", default=True)
 @click.option("--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto")
 @click.option("--batch-size", default=8, show_default=True, help="Windows in a forward pass.")

@@ -18,6 +18,7 @@ from qexport.quantize.equalize import fold, tie
 from qexport.quantize.gptq import Inputs, gptq
 from qexport.quantize.rounding import Rounding, nearest
 from qexport.quantize.signround import learn
+from qexport.quantize.smooth import smooth_factors
 from qexport.tensor import QuantizedTensor
 
 __all__ = ["Activations", "Result", "quantize_block"]
@@ -68,9 +69,9 @@ def quantize_block(
     """
     method = METHODS[config.method]
     changed: list[str] = []
-    if method.scaling:
+    if method.scaling != "none":
         assert text is not None
-        changed = _equalize(blocks, index, block, schemes, stored, text)
+        changed = _equalize(config, blocks, index, block, schemes, stored, text)
     roundings, report = _round(config, blocks, index, block, schemes, text)
     if method.learned:
         assert text is not None
@@ -87,6 +88,7 @@ def quantize_block(
 
 
 def _equalize(
+    config: QuantizeConfig,
     blocks: Blocks,
     index: int,
     block: nn.Module,
@@ -94,7 +96,7 @@ def _equalize(
     stored: torch.dtype,
     text: Activations,
 ) -> list[str]:
-    """Fold AWQ's factors into the dense block; returns parameters that have changed."""
+    """Fold factors into the dense block; returns parameters that have changed."""
     names = [stage[0] for stage in STAGES]
     seen = look(blocks, index, block, names, text.inputs, text.rows, text.precision)
     changed: list[str] = []
@@ -106,7 +108,10 @@ def _equalize(
             continue
         layers: list[Any] = [block.get_submodule(name) for name in stage]
         weights = [layer.weight.detach() for layer in layers]
-        factors = awq_factors(weights, [schemes[name] for name in stage], seen[stage[0]], tied)
+        if METHODS[config.method].scaling == "smooth":
+            factors = smooth_factors(weights, seen[stage[0]], tied, config.smooth)
+        else:
+            factors = awq_factors(weights, [schemes[name] for name in stage], seen[stage[0]], tied)
         changed += fold(block, stage[0], stage, factors, stored)
     return changed
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qexport.errors import InputError
-from qexport.grid import GRIDS, Scheme
+from qexport.grid import GRIDS, INT8, Scheme
 from qexport.precision import Precision
 from qexport.quantize.gptq import GptqOptions
 from qexport.quantize.signround import SignRoundOptions
@@ -21,14 +21,14 @@ __all__ = ["GRID_OF", "METHODS", "ROUNDINGS", "Method", "QuantizeConfig"]
 class Method:
     """What is done to a block, in this order.
 
-    scaling    fold factors of the inputs that are active into the weights
+    scaling    fold factors of the inputs into the weights: `awq`'s, or SmoothQuant's (`smooth`)
     rounding   `nearest` codes, or `gptq`'s
     learned    change roundings by what they do to the block's output
     looks      needs calibration text
     """
 
     about: str
-    scaling: bool = False
+    scaling: Literal["none", "awq", "smooth"] = "none"
     rounding: Literal["nearest", "gptq"] = "nearest"
     learned: bool = False
     looks: bool = True
@@ -37,8 +37,9 @@ class Method:
 METHODS = {
     "rtn": Method("nearest codes, by scales of least squared error; needs no text", looks=False),
     "gptq": Method("what each rounding loses is made up for by the next", rounding="gptq"),
-    "awq": Method("weights of active inputs are rounded more finely", scaling=True),
+    "awq": Method("weights of active inputs are rounded more finely", scaling="awq"),
     "signround": Method("GPTQ, and then learned, block by block", rounding="gptq", learned=True),
+    "w8a8": Method("for int8 activations too: SmoothQuant and GPTQ", "smooth", "gptq"),
 }
 ROUNDINGS = ("rtn", "gptq")  # methods that a layer may have for itself
 GRID_OF = {  # by width, symmetric and not
@@ -67,6 +68,7 @@ class QuantizeConfig:
     module_bits       "PATTERN=BITS[:GROUP[:METHOD]]", the method one of ROUNDINGS; the first that
                       fits counts
     true_sequential   layers of a block see what the ones before them have become
+    smooth            what share of the activations' range SmoothQuant moves to the weights
     batch_size        windows in a forward pass
     """
 
@@ -87,6 +89,7 @@ class QuantizeConfig:
     module_bits: tuple[str, ...] = ()
     gptq: GptqOptions = field(default_factory=GptqOptions)
     signround: SignRoundOptions = field(default_factory=SignRoundOptions)
+    smooth: float = 0.5
     true_sequential: bool = True
     precision: Precision = "auto"
     batch_size: int = 8
@@ -107,11 +110,15 @@ class QuantizeConfig:
         for name, least in {"samples": 1, "length": 8, "batch_size": 1}.items():
             if getattr(self, name) < least:
                 raise InputError(f"--{name.replace('_', '-')} is less than {least}.")
+        if not 0 <= self.smooth <= 1:
+            raise InputError(f"--smooth {self.smooth} is not a share from 0 to 1.")
         if not 0 < self.gptq.percdamp < 1:
             raise InputError(f"--percdamp {self.gptq.percdamp} is not between 0 and 1.")
         for name in ("block_size", "refits"):
             if getattr(self.gptq, name) < (0 if name == "refits" else 1):
                 raise InputError(f"--{name.replace('_', '-')} is too small.")
+        if self.method == "w8a8" and self._scheme(self.bits, self.group_size) != Scheme(INT8):
+            raise InputError("--method w8a8 is of --bits 8 and --group-size -1, symmetric.")
         if self.per_tensor and (self.group_size is not None or METHODS[self.method].learned):
             raise InputError("--per-tensor goes neither with --group-size nor with signround.")
         if self.target_bpw is not None and not 2 <= self.target_bpw <= 9:

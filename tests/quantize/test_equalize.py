@@ -5,15 +5,21 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from qexport.blocks import Blocks
+from qexport.formats import open_checkpoint
 from qexport.grid import GRIDS, Scheme
+from qexport.modelling import build_model
+from qexport.quantize import QuantizeConfig, quantize_model
 from qexport.quantize.activations import STAGES, Seen, importance
 from qexport.quantize.awq import awq_factors
 from qexport.quantize.equalize import fold, tie
 from qexport.quantize.fit import fit
 from qexport.quantize.smooth import smooth_factors
-from qexport.tensor import quantize
+from qexport.tensor import QuantizedTensor, quantize
+from qexport.tiny import write_tiny_model
 from tests.runtime.families import FAMILIES, make
 
 
@@ -78,3 +84,48 @@ def test_smoothing_evens_out() -> None:
     of_inputs = (x / factors).abs().amax(0)
     of_weights = torch.cat(weights).mul(factors).abs().amax(0)
     assert torch.allclose(of_inputs, of_weights, rtol=1e-4)
+
+
+def test_int8_activations_lose_less_when_smoothed(tmp_path: Path) -> None:
+    """A model whose norms make a few inputs a hundred times as large, as trained ones do."""
+    folder = write_tiny_model(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("layernorm.weight"):
+            tensor[::13] = 100.0
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    errors = []
+    for strength in (0.0, 0.5):
+        settings: dict[str, Any] = {
+            **{"model": folder, "output": tmp_path / str(strength), "method": "w8a8"},
+            **{"bits": "8", "group_size": None, "calibration": "builtin", "samples": 16},
+            **{"length": 32, "smooth": strength, "precision": "fp32"},
+        }
+        quantize_model(QuantizeConfig(**settings), Console(quiet=True))
+        dense, smooth = (build_of(path) for path in (folder, settings["output"]))
+        tokens = torch.arange(256).view(8, 32)
+        with torch.no_grad():
+            wanted = dense(input_ids=tokens).logits
+            for module in smooth.modules():
+                if isinstance(module, torch.nn.Linear) and module is not smooth.lm_head:
+                    module.register_forward_pre_hook(per_token)
+            made = smooth(input_ids=tokens).logits
+        errors.append(float((made - wanted).norm() / wanted.norm()))
+    assert errors[1] < 0.5 * errors[0]
+
+
+def build_of(folder: Path) -> Any:
+    """In float32, dequantized where it is quantized."""
+    source = open_checkpoint(folder)
+
+    def read(name: str) -> torch.Tensor:
+        value = source[name]
+        return value.dequantize() if isinstance(value, QuantizedTensor) else value.float()
+
+    return build_model(source, torch.float32, read)
+
+
+def per_token(_: Any, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+    """Activations as engines have them that multiply int8 by int8."""
+    scale = given[0].abs().amax(-1, keepdim=True) / 127
+    return ((given[0] / scale).round() * scale,)
