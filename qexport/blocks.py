@@ -39,6 +39,11 @@ class Blocks:
     def __len__(self) -> int:
         return len(self._layers)
 
+    @property
+    def width(self) -> int:
+        """Of the activations between blocks."""
+        return int(self._model.config.hidden_size)
+
     def name(self, index: int) -> str:
         """Where a block stands in the model, with a dot at the end."""
         return f"model.layers.{index}."

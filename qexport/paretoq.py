@@ -26,7 +26,7 @@ from torch import Tensor
 from qexport.errors import CheckpointError
 from qexport.fused import compiled
 from qexport.grid import BINARY, INT3, INT4, SEQ2, TERNARY, Grid, Scheme
-from qexport.tensor import QuantizedTensor, portable, quantize, shared
+from qexport.tensor import QuantizedTensor, quantize, storable
 
 Gradient = Literal["paper", "stable"]
 
@@ -84,10 +84,7 @@ def effective_scale(alpha: Tensor, scheme: Scheme) -> Tensor:
     The step is folded in first; the product is then rounded to a portable value unless the scheme
     stores float32 scales, the paper's own arithmetic, or to what its super-blocks can hold.
     """
-    scale = alpha.clamp(min=_SMALLEST_ALPHA) * width_of(scheme).step
-    if scheme.super_block is not None:
-        return shared(scale, scheme.super_block)
-    return scale if scheme.scale_dtype == torch.float32 else portable(scale)
+    return storable(alpha.clamp(min=_SMALLEST_ALPHA) * width_of(scheme).step, scheme)
 
 
 def fake_quantize(

@@ -5,8 +5,20 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from qexport.errors import InputError
+from qexport.grid import SUPER_BLOCKS
 
-__all__ = ["Rule", "check_patterns", "is_selected", "parse_rule", "rule_of"]
+__all__ = [
+    "TARGETS",
+    "Rule",
+    "check_patterns",
+    "is_selected",
+    "parse_rule",
+    "rule_of",
+    "target_bits",
+]
+
+# blocks of GGUF that are to hold layers exactly
+TARGETS = {f"gguf:{name}": block for name, block in SUPER_BLOCKS.items()}
 
 
 @dataclass(frozen=True)
@@ -66,3 +78,10 @@ def check_patterns(patterns: Iterable[str], layers: Iterable[str]) -> None:
             raise InputError(
                 f"no layer's name fits {pattern}; they are like model.layers.0.self_attn.q_proj."
             )
+
+
+def target_bits(target: str) -> str:
+    """The width that a target is of. Raises InputError where there is no such target."""
+    if target not in TARGETS:
+        raise InputError(f"there is no --target {target}; there are {', '.join(TARGETS)}.")
+    return str(TARGETS[target].grid.bits)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qexport.grid import Grid, Scheme, SuperBlock
 
-__all__ = ["QuantizedTensor", "factors", "portable", "quantize", "shared"]
+__all__ = ["QuantizedTensor", "factors", "portable", "quantize", "shared", "storable"]
 
 _LARGEST_PORTABLE = 65280.0  # 255 * 2**8, the largest 8-bit significand below fp16's maximum
 
@@ -115,6 +115,13 @@ def shared(scale: Tensor, block: SuperBlock) -> Tensor:
     d = torch.ldexp(rounded, exponent)
     d = ((d * 2.0**23).round() / 2.0**23).clamp(2.0**-23, 2.0**11)
     return ((grouped / d).round().clamp(1, block.most) * d).view(out, groups)
+
+
+def storable(scale: Tensor, scheme: Scheme) -> Tensor:
+    """Round positive float32 scales [out, groups] to what a scheme stores."""
+    if scheme.super_block is not None:
+        return shared(scale, scheme.super_block)
+    return scale if scheme.scale_dtype == torch.float32 else portable(scale)
 
 
 def factors(scales: Tensor, block: SuperBlock) -> tuple[Tensor, Tensor]:

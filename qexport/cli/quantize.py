@@ -38,7 +38,10 @@ class _QuantizeCommand(Command):
 @click.option(
     "--target-bpw", type=float, help="Mix widths of 2, 3, 4 and 8 to so many bits per weight."
 )
-@click.option("--group-size", default=128, show_default=True, help="-1 is per channel.")
+@click.option(
+    "--target", metavar="gguf:BLOCK", help="gguf:Q2_K or gguf:Q3_K: on what that holds exactly."
+)
+@click.option("--group-size", type=int, help="-1 is per channel; default 128, or the target's.")
 @click.option("--per-tensor", is_flag=True, help="One scale a layer; with --group-size -1.")
 @click.option("--sym/--asym", default=True, help="A zero point for all, or one of each group.")
 @click.option("--grid", help="Another grid than --bits and --sym say: int2, say, or seq2.")
@@ -80,11 +83,18 @@ def command(model: str, dry_run: bool, as_json: bool, **options: Any) -> None:
 
     from qexport.hub import local_folder
     from qexport.quantize import GptqOptions, QuantizeConfig, quantize_model
+    from qexport.selection import target_bits
 
-    if (options["bits"] is None) == (options["target_bpw"] is None):
-        raise click.UsageError("give either --bits or --target-bpw.", click.get_current_context())
+    target, group_size = options["target"], options.pop("group_size")
+    if (options["bits"] is None) == (options["target_bpw"] is None and target is None):
+        raise click.UsageError(
+            "give one of --bits, --target and --target-bpw.", click.get_current_context()
+        )
+    if target is not None:
+        options["bits"] = target_bits(target)
     options["bits"] = options["bits"] or "4"
-    group_size = options.pop("group_size")
+    if group_size is None:
+        group_size = 128 if target is None else -1
     own = {name.name: options.pop(name.name) for name in fields(GptqOptions)}
     config = QuantizeConfig(
         model=local_folder(model),

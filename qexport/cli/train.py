@@ -146,8 +146,8 @@ def command(model: str | None, smoke: bool, dry_run: bool, as_json: bool, **opti
             raise click.UsageError(f"Missing {name}.", click.get_current_context())
     from qexport.hub import local_folder
     from qexport.ranks import is_main
+    from qexport.selection import target_bits
     from qexport.train import TrainConfig, train
-    from qexport.train.config import target_bits
 
     assert model is not None
     options["bits"] = options["bits"] or target_bits(options["target"])

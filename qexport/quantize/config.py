@@ -12,7 +12,15 @@ from qexport.precision import Precision
 from qexport.quantize.gptq import GptqOptions
 from qexport.quantize.signround import SignRoundOptions
 from qexport.run_folder import model_state, text_state
-from qexport.selection import Rule, check_patterns, is_selected, parse_rule, rule_of
+from qexport.selection import (
+    TARGETS,
+    Rule,
+    check_patterns,
+    is_selected,
+    parse_rule,
+    rule_of,
+    target_bits,
+)
 
 __all__ = ["GRID_OF", "METHODS", "ROUNDINGS", "Method", "QuantizeConfig"]
 
@@ -60,6 +68,8 @@ class QuantizeConfig:
     bits, sym         say the grid; `grid` names another one
     target_bpw        bits per weight, scales and all, that widths of 2, 3, 4 and 8 are to come to,
                       chosen by what they cost; `bits` is then of no layer
+    target            name in TARGETS: a block of GGUF that is to hold the layers exactly, which
+                      says their bits and groups, and how scales are tied
     group_size        inputs that share a scale; None is one per channel
     per_tensor        one scale for a whole layer, in place of groups
     calibration       text as in `qexport.data.documents`, of which `samples` windows of `length`
@@ -77,6 +87,7 @@ class QuantizeConfig:
     method: str
     bits: str
     target_bpw: float | None = None
+    target: str | None = None
     sym: bool = True
     grid: str | None = None
     group_size: int | None = 128
@@ -117,6 +128,8 @@ class QuantizeConfig:
         for name in ("block_size", "refits"):
             if getattr(self.gptq, name) < (0 if name == "refits" else 1):
                 raise InputError(f"--{name.replace('_', '-')} is too small.")
+        if self.target is not None:
+            self._check_target(self.target)
         if self.method == "w8a8" and self._scheme(self.bits, self.group_size) != Scheme(INT8):
             raise InputError("--method w8a8 is of --bits 8 and --group-size -1, symmetric.")
         if self.per_tensor and (self.group_size is not None or METHODS[self.method].learned):
@@ -126,6 +139,16 @@ class QuantizeConfig:
         if self.target_bpw is not None and (self.grid is not None or self.calibration is None):
             raise InputError("--target-bpw wants --calibration, and no --grid.")
         _ = self._rules, self._scheme(self.bits, self.group_size)
+
+    def _check_target(self, target: str) -> None:
+        if (self.bits, self.sym, self.grid) != (target_bits(target), True, None):
+            raise InputError(
+                f"--target {target} is symmetric, of {target_bits(target)} bits; leave out others."
+            )
+        if self.group_size not in (None, TARGETS[target].group_size) or self.per_tensor:
+            raise InputError(f"--target {target} has groups of its own; leave --group-size out.")
+        if self.target_bpw is not None:
+            raise InputError("--target-bpw does not go with --target.")
 
     @property
     def looks(self) -> bool:
@@ -157,6 +180,9 @@ class QuantizeConfig:
             name = GRID_OF[bits][0 if self.sym else 1]
         if name is None:
             raise InputError(f"--asym: there is no such grid of {bits} bits.")
+        if self.target is not None and bits == self.bits and group_size == self.group_size:
+            block = TARGETS[self.target]
+            return Scheme(block.grid, block.group_size, super_block=block)
         return Scheme(GRIDS[name], group_size)
 
     def rounding_of(self, layer: str) -> str:

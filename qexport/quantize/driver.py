@@ -240,9 +240,9 @@ class _Quantizer:
 
     def _stream(self, kind: str, index: int) -> Stream:
         assert self._job.windows is not None
-        width = self._blocks.embed(self._job.windows[:1, :1]).shape[-1]
-        shape = (*self._job.windows.shape, width)
-        return Stream(self._folder / f"{kind}-{index}.bin", shape, _STREAM)
+        count, length = self._job.windows.shape
+        path = self._folder / f"{kind}-{index}.bin"
+        return Stream(path, (count, length, self._blocks.width), _STREAM)
 
     def _embed(self) -> None:
         windows = self._job.windows
@@ -251,6 +251,7 @@ class _Quantizer:
                 stream = self._stream(kind, 0)
                 for rows in self._rows:
                     stream.write(rows, self._blocks.embed(windows[rows]))
+            self._blocks.forget_embeddings()
 
     @torch.no_grad()
     def _advance(self, index: int, block: nn.Module, kind: str) -> None:

@@ -1,13 +1,13 @@
 """Scales and zero points of weights that are to be rounded, by least squares."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from qexport.grid import Grid, Scheme
-from qexport.tensor import portable, quantize
+from qexport.tensor import portable, quantize, storable
 
 __all__ = ["Fit", "fit", "fit_tensor"]
 
@@ -35,10 +35,12 @@ def fit(
     importance   float [in], weights of the columns' errors: how much each input matters
     coarse       try a few ranges alone, where this is done many times
     """
+    alone = replace(scheme, super_block=None)  # scales that it ties are searched one by one
     rows = max(1, _CHUNK // weight.shape[1])
-    parts = [_fit(part, scheme, importance, coarse=coarse) for part in torch.split(weight, rows)]
+    parts = [_fit(part, alone, importance, coarse=coarse) for part in torch.split(weight, rows)]
     zeros = [part.zeros for part in parts if part.zeros is not None]
-    return Fit(torch.cat([part.scale for part in parts]), torch.cat(zeros) if zeros else None)
+    scale = storable(torch.cat([part.scale for part in parts]), scheme)
+    return Fit(scale, torch.cat(zeros) if zeros else None)
 
 
 def fit_tensor(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Fit:

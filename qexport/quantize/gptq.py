@@ -17,7 +17,7 @@ from qexport.grid import Scheme
 from qexport.quantize.activations import output_error
 from qexport.quantize.fit import Fit
 from qexport.quantize.rounding import Rounding
-from qexport.tensor import QuantizedTensor, portable, quantize
+from qexport.tensor import QuantizedTensor, quantize, storable
 
 __all__ = ["GptqOptions", "Inputs", "compensate", "gptq"]
 
@@ -161,4 +161,4 @@ def _refit(weight: Tensor, hessian: Tensor, found: QuantizedTensor) -> Tensor:
     solved, failed = torch.linalg.solve_ex(matrix, wanted.unsqueeze(-1))
     scale = solved.squeeze(-1)
     usable = scale.isfinite() & (scale > 0) & (failed == 0).unsqueeze(-1)
-    return portable(torch.where(usable, scale, found.scales.float()))
+    return storable(torch.where(usable, scale, found.scales.float()), found.scheme)

@@ -17,7 +17,7 @@ from qexport.blocks import Blocks, Stream, relative_error
 from qexport.precision import autocast
 from qexport.quantize.fit import Fit
 from qexport.quantize.rounding import Rounding
-from qexport.tensor import portable, quantize
+from qexport.tensor import quantize, storable
 
 __all__ = ["SignRoundOptions", "learn"]
 
@@ -159,7 +159,7 @@ def _moved(first: Rounding, moves: Tensor, factors: Tensor) -> Rounding:
     groups = first.fit.scale.shape
     steps = first.fit.scale.unsqueeze(-1)
     weight = (moves.view(*groups, -1) * steps).view(moves.shape) + first.weight
-    fit = Fit(portable(first.fit.scale * factors), first.fit.zeros)
+    fit = Fit(storable(first.fit.scale * factors, first.scheme), first.fit.zeros)
     return replace(first, weight=weight, fit=fit)
 
 

@@ -57,7 +57,7 @@ def _held_out_loss(
 ) -> float:
     """Mean cross-entropy of trained blocks, over the targets."""
     count, tokens = len(windows), windows.tokens
-    shape = (count, tokens.shape[1], blocks.embed(tokens[:1, :1]).shape[-1])
+    shape = (count, tokens.shape[1], blocks.width)
     path = folder / "held-out.bin"
     hidden = Stream(path, shape, torch.float32)
     for rows in parts(count, config.batch_size):

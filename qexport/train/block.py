@@ -83,8 +83,7 @@ def train_blocks(
     """
     folder.mkdir(parents=True, exist_ok=True)
     done = _done(folder)
-    width = blocks.embed(windows[:1, :1]).shape[-1]
-    shape = (len(windows), windows.shape[1], width)
+    shape = (len(windows), windows.shape[1], blocks.width)
 
     def stream(kind: str, index: int) -> Stream:
         return Stream(folder / f"{kind}-{index}.bin", shape, _STREAM)

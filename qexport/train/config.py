@@ -10,19 +10,26 @@ from typing import Any, Literal
 import torch
 
 from qexport.errors import InputError
-from qexport.grid import SUPER_BLOCKS, Scheme
+from qexport.grid import Scheme
 from qexport.paretoq import WIDTHS, Gradient
 from qexport.precision import Precision
 from qexport.ranks import world_size
 from qexport.run_folder import model_state, text_state
-from qexport.selection import Rule, check_patterns, is_selected, parse_rule, rule_of
+from qexport.selection import (
+    TARGETS,
+    Rule,
+    check_patterns,
+    is_selected,
+    parse_rule,
+    rule_of,
+    target_bits,
+)
 from qexport.train import zero
 from qexport.train.recipe import RECIPES, Recipe
 
-__all__ = ["DENSE", "TARGETS", "TrainConfig", "target_bits"]
+__all__ = ["DENSE", "TrainConfig"]
 
 DENSE = "16"
-TARGETS = {f"gguf:{name}": block for name, block in SUPER_BLOCKS.items()}
 
 # Not part of what the run computes: changing these between a kill and a resume is harmless.
 # So is how a step's windows are shared out: what counts is how many tokens it has.
@@ -270,13 +277,6 @@ class TrainConfig:
             found["eval_data"] = text_state(self.eval_data)
         marked: dict[str, Any] = json.loads(json.dumps(found, default=str))  # lists, not tuples
         return marked
-
-
-def target_bits(target: str) -> str:
-    """The width that a target is of. Raises InputError where there is no such target."""
-    if target not in TARGETS:
-        raise InputError(f"there is no --target {target}; there are {', '.join(TARGETS)}.")
-    return str(TARGETS[target].grid.bits)
 
 
 def _flag(name: str, config: TrainConfig) -> str:

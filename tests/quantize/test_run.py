@@ -63,7 +63,7 @@ def test_every_method_packs_exactly(
             assert pack(source, form, tmp_path / name).exact
             formats.append(name)
     assert "native" in formats
-    assert ("int-quantized" in formats) == (bits == "8" and group is None and sym)
+    assert method != "w8a8" or "int-quantized" in formats
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -265,3 +265,20 @@ def test_the_command(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
     again = cli("train", "run", "--data", "builtin", "--bits", 4, "-o", "other", cwd=tmp_path)
     assert again.returncode == 2
     assert "start from a dense checkpoint" in again.stderr
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "signround"])
+@pytest.mark.parametrize("block", ["Q2_K", "Q3_K"])
+def test_blocks_of_gguf_that_hold_it(block: str, method: str, tmp_path: Path) -> None:
+    """Scales are tied as a super-block ties them, so that the file is exact."""
+    model = write_tiny_model(tmp_path / "model", hidden_size=256, intermediate_size=256)
+    bits = {"Q2_K": "2", "Q3_K": "3"}[block]
+    run, target = tmp_path / "run", f"gguf:{block}"
+    asked = config(model, run, method=method, bits=bits, target=target, group_size=None)
+    quantize_model(asked, QUIET)
+    source = open_checkpoint(run)
+    report = pack(source, FORMATS["gguf"], tmp_path / "out", Options(block=block))
+    assert report.exact
+    assert f" in {block}, exact" in report.held[0]
+    with pytest.raises(InputError, match=f"--target {target} is symmetric, of {bits} bits"):
+        config(model, run, method=method, bits="4", target=target, group_size=None)
