@@ -1,4 +1,4 @@
-"""The processes of one training: how many, which one this is, and what is spread over them.
+"""The processes of one run: how many, which one this is, and what is spread over them.
 
 One process is the usual case, and everything here is then nothing. `torchrun` and `accelerate
 launch` start more; what they share is the run's folder, which all of them have to see.
@@ -12,7 +12,19 @@ from accelerate import PartialState
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-__all__ = ["assign", "barrier", "count_processes", "is_main", "join", "like", "whole", "world_size"]
+__all__ = [
+    "assign",
+    "barrier",
+    "count_processes",
+    "is_main",
+    "join",
+    "largest",
+    "like",
+    "rank",
+    "summed",
+    "whole",
+    "world_size",
+]
 
 _LONGEST = timedelta(days=2)  # that some wait for the first, while it trains blocks, say
 
@@ -22,9 +34,28 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """Which of them this one is."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_main() -> bool:
     """Whether this one writes and speaks."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
+
+
+def largest(tensor: Tensor) -> Tensor:
+    """The greatest of what every process has, in place."""
+    if world_size() > 1:
+        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+    return tensor
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """The sum of what every process has, in place; all of them have to ask."""
+    if world_size() > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
 
 
 def join(*, deepspeed: bool = False) -> None:

@@ -62,6 +62,8 @@ class _QuantizeCommand(Command):
     "--act-order/--no-act-order", default=True, help="GPTQ: the most active inputs first."
 )
 @click.option("--refits", default=2, show_default=True, help="GPTQ: times scales are fitted again.")
+@click.option("--iterations", default=100, show_default=True, help="SignRound: steps a block.")
+@click.option("--lr", type=float, help="SignRound: first step of weights, in units of a scale.")
 @click.option("--smooth", default=0.5, show_default=True, help="W8A8: range moved to weights.")
 @click.option("--true-sequential/--no-true-sequential", default=True)
 @click.option("--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto")
@@ -82,7 +84,8 @@ def command(model: str, dry_run: bool, as_json: bool, **options: Any) -> None:
     from dataclasses import fields
 
     from qexport.hub import local_folder
-    from qexport.quantize import GptqOptions, QuantizeConfig, quantize_model
+    from qexport.quantize import GptqOptions, QuantizeConfig, SignRoundOptions, quantize_model
+    from qexport.ranks import is_main
     from qexport.selection import target_bits
 
     target, group_size = options["target"], options.pop("group_size")
@@ -96,13 +99,17 @@ def command(model: str, dry_run: bool, as_json: bool, **options: Any) -> None:
     if group_size is None:
         group_size = 128 if target is None else -1
     own = {name.name: options.pop(name.name) for name in fields(GptqOptions)}
+    learning = {name: options.pop(name) for name in ("iterations", "lr")}
     config = QuantizeConfig(
         model=local_folder(model),
         group_size=None if group_size == -1 else group_size,
         gptq=GptqOptions(**own),
+        signround=SignRoundOptions(**learning),
         **options,
     )
     results = quantize_model(config, progress_console(), dry_run=dry_run)
+    if not is_main():
+        return
     if as_json:
         print_json(results)
     elif not dry_run:

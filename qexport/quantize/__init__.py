@@ -3,5 +3,6 @@
 from qexport.quantize.config import QuantizeConfig
 from qexport.quantize.driver import quantize_model
 from qexport.quantize.gptq import GptqOptions
+from qexport.quantize.signround import SignRoundOptions
 
-__all__ = ["GptqOptions", "QuantizeConfig", "quantize_model"]
+__all__ = ["GptqOptions", "QuantizeConfig", "SignRoundOptions", "quantize_model"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qexport.blocks import Blocks, Stream
 from qexport.errors import QexportError
 from qexport.precision import autocast
+from qexport.ranks import largest, summed
 
 __all__ = ["STAGES", "Seen", "importance", "look", "output_error"]
 
@@ -50,7 +51,8 @@ def look(
 ) -> dict[str, Seen]:
     """What each layer named sees when batches `rows` of the block's inputs pass through it.
 
-    No more of the block is run than its last layer named needs. Raises QexportError for inputs that
+    No more of the block is run than its last layer named needs. Of several processes each has text
+    of its own, and all are told of the whole. Raises QexportError for inputs that
     are not finite.
     """
     device = next(block.parameters()).device
@@ -82,6 +84,8 @@ def look(
         for hook in hooks:
             hook.remove()
     for name, seen in found.items():
+        summed(seen.hessian)
+        largest(seen.largest)
         if not bool(seen.hessian.diagonal().isfinite().all()):
             raise QexportError(
                 f"the inputs of {blocks.name(index)}{name} are not finite (NaN or infinite); check "

@@ -11,6 +11,7 @@ from qexport.grid import GRIDS, INT8, Scheme
 from qexport.precision import Precision
 from qexport.quantize.gptq import GptqOptions
 from qexport.quantize.signround import SignRoundOptions
+from qexport.ranks import world_size
 from qexport.run_folder import model_state, text_state
 from qexport.selection import (
     TARGETS,
@@ -125,6 +126,8 @@ class QuantizeConfig:
             raise InputError(f"--smooth {self.smooth} is not a share from 0 to 1.")
         if not 0 < self.gptq.percdamp < 1:
             raise InputError(f"--percdamp {self.gptq.percdamp} is not between 0 and 1.")
+        if self.signround.iterations < 1 or not 0 < (self.signround.lr or 0.1) < 1:
+            raise InputError("--iterations is at least 1, and --lr between 0 and 1.")
         for name in ("block_size", "refits"):
             if getattr(self.gptq, name) < (0 if name == "refits" else 1):
                 raise InputError(f"--{name.replace('_', '-')} is too small.")
@@ -203,6 +206,7 @@ class QuantizeConfig:
         """What must be equal for one run to continue another, as it stands in the marker."""
         found = {key: v for key, v in asdict(self).items() if key not in _FREE_FIELDS}
         found["model"] = str(self.model.resolve())
+        found["processes"] = world_size()  # each has its part of the text
         found["model_files"] = model_state(self.model)
         if self.calibration is not None:
             found["calibration"] = text_state(self.calibration)

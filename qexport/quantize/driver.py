@@ -30,6 +30,7 @@ from qexport.quantize.block import Activations, quantize_block
 from qexport.quantize.calibration import calibration_windows
 from qexport.quantize.config import METHODS, QuantizeConfig
 from qexport.quantize.sensitivity import measure, widths_for
+from qexport.ranks import barrier, is_main, join, rank, world_size
 from qexport.run_folder import BLOCKS, claimed, finished, write_run
 from qexport.shards import Parts
 from qexport.source import check_names, dense_source, stored_dtype
@@ -52,6 +53,8 @@ def quantize_model(
     InputError, DataError or CheckpointError before anything is written where the model, the text
     or the output folder will not do.
     """
+    join()
+    console.quiet = console.quiet or not is_main()
     source = dense_source(config.model)
     identity = config.identity()
     found = finished(config.output, identity, resume=config.resume)
@@ -68,9 +71,12 @@ def quantize_model(
             job = replace(job, modules=_mixed(config, job, run / BLOCKS, console))
         _Quantizer(config, job, run / BLOCKS, console).run()
         results = _results(config, job, run / BLOCKS)
-        tensors = _tensors(job, run / BLOCKS)
-        write_run(run, source, job.modules, job.parts(), tensors, results, {}, "codes")
-        mark(run, "run", status="finished", settings=identity)
+        barrier()
+        if is_main():
+            tensors = _tensors(job, run / BLOCKS)
+            write_run(run, source, job.modules, job.parts(), tensors, results, {}, "codes")
+            mark(run, "run", status="finished", settings=identity)
+        barrier()
     return results
 
 
@@ -106,6 +112,8 @@ def _prepared(config: QuantizeConfig, source: Checkpoint, console: Console) -> _
     if config.looks:
         tokenizer = load_tokenizer(config.model)
         windows = calibration_windows(config, tokenizer, console.print)
+        if len(windows) < world_size():
+            raise InputError(f"{world_size()} processes have {len(windows)} windows of text.")
         if int(windows.max()) >= plan.config.vocab_size:
             raise InputError(f"{config.model}: its tokenizer gives tokens outside its vocabulary.")
         context = getattr(plan.config, "max_position_embeddings", None)
@@ -132,6 +140,8 @@ def _mixed(config: QuantizeConfig, job: _Job, folder: Path, console: Console) ->
     assert job.windows is not None
     choices = {name: config.choices(name) for name in job.modules}
     kept = folder / _WIDTHS
+    if not is_main():
+        barrier()
     if kept.exists():
         widths: dict[str, str] = json.loads(kept.read_text(encoding="utf-8"))
     else:
@@ -150,6 +160,8 @@ def _mixed(config: QuantizeConfig, job: _Job, folder: Path, console: Console) ->
         widths = widths_for(losses, sizes, counts, together, config.target_bpw)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(kept, widths)
+    if is_main():
+        barrier()
     return {
         name: (dict(choices[name])[widths[name]], shape) for name, (_, shape) in job.modules.items()
     }
@@ -176,7 +188,8 @@ class _Quantizer:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._blocks = Blocks(job.source, job.stored, self._device)
         self._precision = precision_of(config.precision)
-        count = 0 if job.windows is None else len(job.windows)
+        self._windows = None if job.windows is None else job.windows[rank() :: world_size()]
+        count = 0 if self._windows is None else len(self._windows)
         size = config.batch_size
         self._rows = [slice(at, min(at + size, count)) for at in range(0, count, size)]
         self._kinds = ("quantized", "dense") if METHODS[config.method].learned else ("quantized",)
@@ -185,15 +198,19 @@ class _Quantizer:
         """Every block that is not there yet."""
         self._folder.mkdir(parents=True, exist_ok=True)
         done = _done(self._folder)
+        barrier()
         first = len(done)
         start = time.monotonic()
         if first == 0:
             self._embed()
         for index in range(first, len(self._blocks)):
             done.append(self._block(index))
-            write_json(self._folder / _DONE, {"blocks": done})
+            barrier()  # every process has what the next block wants
+            if is_main():
+                write_json(self._folder / _DONE, {"blocks": done})
+            barrier()
             for kind in self._kinds:
-                (self._folder / f"{kind}-{index}.bin").unlink(missing_ok=True)
+                self._path(kind, index).unlink(missing_ok=True)
             self._tell(index, done[-1], (time.monotonic() - start) / (index + 1 - first))
 
     def _block(self, index: int) -> dict[str, Any]:
@@ -206,7 +223,7 @@ class _Quantizer:
         }
         block = self._blocks.make(index)
         text = None
-        if self._job.windows is not None:
+        if self._windows is not None:
             targets = None
             if "dense" in self._kinds:
                 self._advance(index, block, "dense")
@@ -222,7 +239,8 @@ class _Quantizer:
         for name, tensor in result.layers.items():
             tensors |= code_tensors(prefix + name, tensor)
         whole = {name: value.cpu().contiguous() for name, value in tensors.items()}
-        save_file(whole, self._folder / f"block-{index}.safetensors")
+        if is_main():
+            save_file(whole, self._folder / f"block-{index}.safetensors")
         self._blocks.release(index)
         return result.report
 
@@ -239,13 +257,15 @@ class _Quantizer:
         self._console.print("  ".join(told), highlight=False)
 
     def _stream(self, kind: str, index: int) -> Stream:
-        assert self._job.windows is not None
-        count, length = self._job.windows.shape
-        path = self._folder / f"{kind}-{index}.bin"
-        return Stream(path, (count, length, self._blocks.width), _STREAM)
+        assert self._windows is not None
+        count, length = self._windows.shape
+        return Stream(self._path(kind, index), (count, length, self._blocks.width), _STREAM)
+
+    def _path(self, kind: str, index: int) -> Path:
+        return self._folder / f"{kind}-{index}-{rank()}.bin"
 
     def _embed(self) -> None:
-        windows = self._job.windows
+        windows = self._windows
         if windows is not None:
             for kind in self._kinds:
                 stream = self._stream(kind, 0)

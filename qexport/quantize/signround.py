@@ -17,6 +17,7 @@ from qexport.blocks import Blocks, Stream, relative_error
 from qexport.precision import autocast
 from qexport.quantize.fit import Fit
 from qexport.quantize.rounding import Rounding
+from qexport.ranks import summed, world_size
 from qexport.tensor import quantize, storable
 
 __all__ = ["SignRoundOptions", "learn"]
@@ -92,7 +93,7 @@ def _descend(
     lr = options.lr or 2 * _FARTHEST / options.iterations
     dice = torch.Generator().manual_seed(seed + (index << 32))
     for step in range(options.iterations):
-        chosen = torch.randperm(count, generator=dice)[: options.batch]
+        chosen = torch.randperm(count, generator=dice)[: max(1, options.batch // world_size())]
         with autocast(precision, device):
             made = blocks.run(index, block, inputs.read(chosen, device))
         relative_error(made, targets.read(chosen, device)).backward()  # type: ignore[no-untyped-call]
@@ -113,14 +114,15 @@ def _error(
 ) -> float:
     """The mean relative error of the block's output."""
     device = next(block.parameters()).device
-    total: float = 0.0
+    told = torch.tensor([0.0, rows[-1].stop], device=device)
     with parametrize.cached():
         for part in rows:
             with autocast(precision, device):
                 made = blocks.run(index, block, inputs.read(part, device))
             wanted = targets.read(part, device)
-            total += float(relative_error(made, wanted)) * (part.stop - part.start)
-    return float(total / rows[-1].stop)
+            told[0] += relative_error(made, wanted) * (part.stop - part.start)
+    total, count = summed(told).tolist()
+    return float(total / count)
 
 
 class _Learned(nn.Module):
@@ -145,7 +147,7 @@ class _Learned(nn.Module):
         """Down by the signs of the gradients, which are forgotten."""
         for parameter, rate, middle in ((self.moves, lr, 0.0), (self.factors, scale_lr, 1.0)):
             assert parameter.grad is not None
-            parameter.sub_(parameter.grad.sign_(), alpha=rate)
+            parameter.sub_(summed(parameter.grad).sign_(), alpha=rate)
             parameter.clamp_(middle - _FARTHEST, middle + _FARTHEST)
             parameter.grad = None
 
