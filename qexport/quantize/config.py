@@ -155,7 +155,9 @@ class QuantizeConfig:
 
     @property
     def looks(self) -> bool:
-        """Whether any method looks at activations."""
+        """Whether activations are looked at, by a method or for a target."""
+        if self.target_bpw is not None:
+            return True
         methods = {self.method, *(rule.method or self.method for rule in self._rules)}
         return any(METHODS[name].looks for name in methods)
 

@@ -11,7 +11,7 @@ from tests.oracle.models import trained
 
 @pytest.fixture(scope="session")
 def four_bits(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """SmolLM2 after 20 steps of training at 4 bits, groups of 64; once for all of xdist's workers.
+    """SmolLM2 after 60 steps of training at 4 bits, groups of 64; once for all of xdist's workers.
 
     A finished run is not trained again.
     """
@@ -20,4 +20,4 @@ def four_bits(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
         folder = folder.parent
     with (folder / "four_bits.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return trained(folder / "four_bits", "4", 20)
+        return trained(folder / "four_bits", "4", 60)

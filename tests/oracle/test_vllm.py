@@ -121,7 +121,7 @@ def test_smollm2_in_vllm(
 
 @pytest.mark.parametrize(
     ("method", "bits", "group_size", "form", "tolerance"),
-    [("gptq", "4", 64, "gptq", 0.05), ("w8a8", "8", None, "int-quantized", 0.1)],
+    [("gptq", "4", 64, "gptq", 0.08), ("w8a8", "8", None, "int-quantized", 0.25)],
 )
 def test_quantized_smollm2_in_vllm(
     tmp_path: Path,
@@ -140,7 +140,7 @@ def test_quantized_smollm2_in_vllm(
         bits,
         group_size=group_size,
         calibration="builtin",
-        samples=16,
+        samples=8,
         length=256,
     )
     quantize_model(config, Console(quiet=True))

@@ -92,9 +92,11 @@ def mixed(model: Path, output: Path, **changes: object) -> QuantizeConfig:
     return QuantizeConfig(model=model, output=output, **{**settings, **changes})  # type: ignore[arg-type]
 
 
-def test_a_target_is_kept(trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_a_target_is_kept(method: str, trained: Path, tmp_path: Path) -> None:
     """And layers that engines fuse have the same width, those with rules of their own theirs."""
-    asked = mixed(trained, tmp_path / "run", module_bits=("*.0.*.down_proj=8",))
+    rules = ("*.0.*.down_proj=8",)
+    asked = mixed(trained, tmp_path / "run", method=method, module_bits=rules)
     results = quantize_model(asked, QUIET)
     assert 3.2 < results["bits_per_weight"] <= 3.5
     modules = open_checkpoint(tmp_path / "run").modules
