@@ -117,6 +117,8 @@ class QuantizeConfig:
             raise InputError(f"there is no --grid {self.grid}; there are {', '.join(GRIDS)}.")
         if self.group_size is not None and self.group_size < 1:
             raise InputError(f"--group-size {self.group_size} is not a group; use -1 per channel.")
+        if self.target_bpw is not None and (self.grid is not None or self.calibration is None):
+            raise InputError("--target-bpw wants --calibration, and no --grid.")
         if self.looks and self.calibration is None:
             raise InputError(f"--method {self.method} wants --calibration; builtin will do.")
         for name, least in {"samples": 1, "length": 8, "batch_size": 1}.items():
@@ -139,8 +141,6 @@ class QuantizeConfig:
             raise InputError("--per-tensor goes neither with --group-size nor with signround.")
         if self.target_bpw is not None and not 2 <= self.target_bpw <= 9:
             raise InputError(f"--target-bpw {self.target_bpw} is not between 2 and 9.")
-        if self.target_bpw is not None and (self.grid is not None or self.calibration is None):
-            raise InputError("--target-bpw wants --calibration, and no --grid.")
         _ = self._rules, self._scheme(self.bits, self.group_size)
 
     def _check_target(self, target: str) -> None:
