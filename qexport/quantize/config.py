@@ -36,7 +36,6 @@ class Method:
     looks      needs calibration text
     """
 
-    about: str
     scaling: Literal["none", "awq", "smooth"] = "none"
     rounding: Literal["nearest", "gptq"] = "nearest"
     learned: bool = False
@@ -44,11 +43,11 @@ class Method:
 
 
 METHODS = {
-    "rtn": Method("nearest codes, by scales of least squared error; needs no text", looks=False),
-    "gptq": Method("what each rounding loses is made up for by the next", rounding="gptq"),
-    "awq": Method("weights of active inputs are rounded more finely", scaling="awq"),
-    "signround": Method("GPTQ, and then learned, block by block", rounding="gptq", learned=True),
-    "w8a8": Method("for int8 activations too: SmoothQuant and GPTQ", "smooth", "gptq"),
+    "rtn": Method(looks=False),
+    "gptq": Method(rounding="gptq"),
+    "awq": Method(scaling="awq"),
+    "signround": Method(rounding="gptq", learned=True),
+    "w8a8": Method(scaling="smooth", rounding="gptq"),
 }
 ROUNDINGS = ("rtn", "gptq")  # methods that a layer may have for itself
 GRID_OF = {  # by width, symmetric and not
@@ -139,6 +138,8 @@ class QuantizeConfig:
             raise InputError("--method w8a8 is of --bits 8 and --group-size -1, symmetric.")
         if self.per_tensor and (self.group_size is not None or METHODS[self.method].learned):
             raise InputError("--per-tensor goes neither with --group-size nor with signround.")
+        if self.per_tensor and any(rule.group_size != 0 for rule in self._rules):
+            raise InputError("--per-tensor is of all layers; give no group to --module-bits.")
         if self.target_bpw is not None and not 2 <= self.target_bpw <= 9:
             raise InputError(f"--target-bpw {self.target_bpw} is not between 2 and 9.")
         _ = self._rules, self._scheme(self.bits, self.group_size)

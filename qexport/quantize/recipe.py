@@ -17,6 +17,7 @@ _NAMES = {  # of AutoGPTQ, GPTQModel, AutoAWQ, LLaMA-Factory and GPTQ's own scri
 _NOTHING = ("version", "static_groups", "model_seqlen", "tokenizer", "modules_to_not_convert")
 _SCOPES = ("per_channel", "per_group", "per_tensor")
 _MS_GROUP = 256  # msModelSlim's group where a recipe names none
+_OF_A_RULE = ("bits", "group_size", "method")
 _EXTRA = ("percdamp", "block_size", "group_size")
 
 
@@ -53,6 +54,7 @@ def _of_spec(spec: Any) -> dict[str, Any]:
         raise InputError("the recipe's spec has no list of processes.")
     found: dict[str, Any] = {}
     rules: list[str] = []
+    others: list[dict[str, Any]] = []
     for process in processes:
         if not isinstance(process, dict) or process.get("type") != "linear_quant":
             kind = process.get("type") if isinstance(process, dict) else process
@@ -62,10 +64,17 @@ def _of_spec(spec: Any) -> dict[str, Any]:
         if include == ["*"] and "bits" not in found:
             found |= own | {"exclude": list(process.get("exclude") or [])}
             continue
+        others.append(own)
         rule = f"{own['bits']}:{own['group_size']}:{own['method']}"
         rules += [f"{pattern}={rule}" for pattern in include]
     if "bits" not in found:
         raise InputError("the recipe has no process for all layers; give one that includes '*'.")
+    for own in others:  # a rule has bits, a group and a method alone
+        odd = [name for name in own if name not in _OF_A_RULE and own[name] != found.get(name)]
+        if odd:
+            raise InputError(
+                f"the recipe's processes differ in {odd[0]}, which is one for all here."
+            )
     return {**found, "module_bits": rules}
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qexport.errors import InputError
 from qexport.grid import Scheme
 from qexport.quantize.fit import fit
 from qexport.tensor import quantize
@@ -92,7 +93,8 @@ def widths_for(
     weights   how many each has
     together  layers that are to have the same width: engines fuse them
 
-    From the narrowest on, where a bit buys most of the loss is widened first.
+    From the narrowest on, where a bit buys most of the loss is widened first. Raises InputError
+    where the narrowest are too wide already.
     """
     groups = [list(names) for names in together]
     at = [0] * len(groups)
@@ -112,6 +114,11 @@ def widths_for(
             yield -gain / (cost(group, step) - cost(group, now)), group, step
 
     used = sum(cost(group, 0) for group in range(len(groups)))
+    if used > target * total:
+        raise InputError(
+            f"--target-bpw {target:g} is not to be had: the narrowest widths come to "
+            f"{used / total:.3f}, scales counted; give more, or larger groups."
+        )
     queue = [min(offers(group)) for group in range(len(groups)) if len(widths[group]) > 1]
     heapq.heapify(queue)
     while queue:

@@ -77,6 +77,15 @@ def test_recipes_that_cannot_be(recipe: dict[str, Any], message: str) -> None:
         options_of(recipe, print)
 
 
+@pytest.mark.parametrize("change", ["scope: per_tensor", "symmetric: false"])
+def test_what_a_rule_cannot_say_is_refused(change: str) -> None:
+    key, value = change.split(": ")
+    spec = yaml.safe_load(SPEC)
+    spec["spec"]["process"][1]["qconfig"]["weight"][key] = yaml.safe_load(value)
+    with pytest.raises(InputError, match="the recipe's processes differ in"):
+        options_of(spec, print)
+
+
 def test_from_the_command_line(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
     """Flags go before the recipe."""
     (tmp_path / "recipe.yaml").write_text(SPEC)

@@ -81,7 +81,8 @@ def test_widths_are_bought_where_they_pay() -> None:
         **{"a": "4", "c": "4", "b": "2"}
     }
     assert set(widths_for(losses, sizes, weights, apart, 8).values()) == {"8"}
-    assert set(widths_for(losses, sizes, weights, apart, 1).values()) == {"2"}
+    with pytest.raises(InputError, match=r"--target-bpw 1 is not to be had: .* come to 2.000"):
+        widths_for(losses, sizes, weights, apart, 1)
 
 
 def mixed(model: Path, output: Path, **changes: object) -> QuantizeConfig:
