@@ -11,7 +11,7 @@ from qexport.checkpoint import Checkpoint
 from qexport.modelling import meta_model
 from qexport.tensor import QuantizedTensor
 
-__all__ = ["Blocks", "Stream", "relative_error"]
+__all__ = ["Blocks", "Stream", "lost_share", "relative_errors"]
 
 _NEGLIGIBLE = 1e-4  # of the median token's square
 
@@ -136,13 +136,20 @@ class Stream:
         self._data[rows] = values.to(self._data.dtype).cpu()
 
 
-def relative_error(made: Tensor, wanted: Tensor) -> Tensor:
-    """Of a block's output, in squares, each token alike.
+def relative_errors(made: Tensor, wanted: Tensor) -> Tensor:
+    """Of a block's output [n, length, hidden], in squares: [n, length], each token by its own size.
 
-    A few tokens have activations a thousand times as large as the others.
-
-    A token that has nearly none, as one whose embedding is all zeros, does not blow it up.
+    A few tokens have activations a thousand times as large as the others. A token that has nearly
+    none, as one whose embedding is all zeros, does not blow it up.
     """
     norms = wanted.square().sum(-1)
     least = (norms.median() * _NEGLIGIBLE).clamp(min=torch.finfo(torch.float32).tiny)
-    return ((made.float() - wanted).square().sum(-1) / norms.clamp(min=least)).mean()
+    return (made.float() - wanted).square().sum(-1) / norms.clamp(min=least)
+
+
+def lost_share(errors: Tensor) -> float:
+    """Their mean, where no token counts as more than lost: what is told, and compared.
+
+    One token that becomes massive where it should not has an error of ten thousand times its size.
+    """
+    return float(torch.where(errors.isfinite(), errors.clamp(max=1), errors).mean())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from qexport.blocks import Blocks, Stream, relative_error
+from qexport.blocks import Blocks, Stream, lost_share, relative_errors
 from qexport.precision import autocast
 from qexport.quantize.fit import Fit
 from qexport.quantize.rounding import Rounding
@@ -96,7 +96,8 @@ def _descend(
         chosen = torch.randperm(count, generator=dice)[: max(1, options.batch // world_size())]
         with autocast(precision, device):
             made = blocks.run(index, block, inputs.read(chosen, device))
-        relative_error(made, targets.read(chosen, device)).backward()  # type: ignore[no-untyped-call]
+        errors = relative_errors(made, targets.read(chosen, device))
+        errors.mean().backward()  # type: ignore[no-untyped-call]
         left = 1 - step / options.iterations
         for reader in readers.values():
             reader.step(lr * left, options.scale_lr * left)
@@ -120,7 +121,7 @@ def _error(
             with autocast(precision, device):
                 made = blocks.run(index, block, inputs.read(part, device))
             wanted = targets.read(part, device)
-            told[0] += relative_error(made, wanted) * (part.stop - part.start)
+            told[0] += lost_share(relative_errors(made, wanted)) * (part.stop - part.start)
     total, count = summed(told).tolist()
     return float(total / count)
 

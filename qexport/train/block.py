@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from qexport.blocks import Blocks, Stream, relative_error
+from qexport.blocks import Blocks, Stream, lost_share, relative_errors
 from qexport.errors import QexportError
 from qexport.grid import Scheme
 from qexport.layers import Choose
@@ -241,11 +241,11 @@ def _train(
     """Train one block; its relative error before the first step, and over the last quarter."""
     device = next(block.parameters()).device
     if not settings.epochs:
-        found = [
-            float(relative_error(made, targets.read(rows, device)))
+        each = [
+            lost_share(relative_errors(made, targets.read(rows, device)))
             for rows, made in _outputs(blocks, index, block, inputs, settings, count)
         ]
-        return (sum(found) / len(found),) * 2
+        return (sum(each) / len(each),) * 2
     scales = [p for name, p in block.named_parameters() if name.endswith(".alpha")]
     weights = [p for name, p in block.named_parameters() if not name.endswith(".alpha")]
     optimizer = torch.optim.AdamW(
@@ -265,12 +265,13 @@ def _train(
             wanted = targets.read(rows, device)
             with autocast(settings.precision, device):
                 made = blocks.run(index, block, inputs.read(rows, device))
-            loss = relative_error(made, wanted)
+            found = relative_errors(made, wanted)
+            loss = found.mean()
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
-            errors.append(loss.item())
+            errors.append(lost_share(found.detach()))
     last = errors[-max(1, len(errors) // 4) :]
     return errors[0], sum(last) / len(last)
