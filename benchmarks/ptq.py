@@ -2,11 +2,12 @@
 
 `python -m benchmarks.ptq [--scheme int3-g64 ...]` quantizes by the same calibration tokens and
 evaluates on the same held-out ones, all by our evaluation of the weights that were written. Rows of
-a scheme: our methods; GPTQModel with its own defaults; llama.cpp's quantize with an importance
-matrix of the same text, whose types have bits per weight of their own, which are given.
+a scheme: our methods, and GPTQModel with its own defaults. Then llama.cpp's quantize with an
+importance matrix of the same text, and ours: mixed to as many bits per weight (`--target-bpw`), and
+`kquant` of the same name.
 
 128 does not divide the 576 inputs of SmolLM2, so that 4 bits are in groups of 64 here, as are the
-others; llama.cpp, whose K-quants want 256, takes other types for those layers by itself.
+others; for llama.cpp's K-quants, which want 256, both take types of blocks of 32 in those layers.
 
 Every row is recorded as soon as it is there, and is not made again (remove it from the JSON).
 """
@@ -30,6 +31,7 @@ from benchmarks.machine import place, record
 from qexport.data import documents, tokenize
 from qexport.evaluate import evaluate
 from qexport.formats import open_checkpoint
+from qexport.grid import K_QUANTS
 from qexport.modelling import load_tokenizer
 from qexport.quantize import QuantizeConfig, quantize_model
 from qexport.quantize.calibration import calibration_windows
@@ -42,7 +44,6 @@ WINDOW = 256  # of the evaluation
 METHODS = ("rtn", "gptq", "awq", "signround")
 SCHEMES: dict[str, tuple[str, bool, int]] = {  # bits, symmetric, group
     "int4-g64": ("4", True, 64),
-    "int4-g32": ("4", True, 32),
     "int3-g64": ("3", True, 64),
     "uint2-g64": ("2", False, 64),
     "seq2-g64": ("2", True, 64),
@@ -51,20 +52,21 @@ LLAMA_TYPES = ("Q4_0", "Q4_K_S", "Q3_K_S", "Q2_K")
 console = Console(stderr=True)
 
 
-def config(scheme: str, method: str) -> QuantizeConfig:
+def config(name: str, method: str, **scheme: Any) -> QuantizeConfig:
     """Ours, with its own defaults but for the scheme."""
-    bits, sym, group_size = SCHEMES[scheme]
     return QuantizeConfig(
         model=fetch(),
-        output=WORK / f"{scheme}-{method}",
+        output=WORK / f"{name}-{method}",
         method=method,
-        bits=bits,
-        sym=sym,
-        group_size=group_size,
         calibration="builtin",
         samples=64,
         length=512,
+        **scheme,
     )
+
+
+def scheme_of(name: str) -> dict[str, Any]:
+    return dict(zip(("bits", "sym", "group_size"), SCHEMES[name], strict=True))
 
 
 def measured(folder: Path) -> dict[str, float]:
@@ -87,9 +89,8 @@ def stored_bits(folder: Path) -> float:
     return sum(checkpoint.entries[n].stored_bytes for n in names) * 8 / weights
 
 
-def ours(scheme: str, method: str) -> dict[str, float]:
+def ours(asked: QuantizeConfig) -> dict[str, float]:
     """One of our methods."""
-    asked = config(scheme, method)
     shutil.rmtree(asked.output, ignore_errors=True)
     start = time.monotonic()
     quantize_model(asked, console)
@@ -101,7 +102,7 @@ def gptqmodel(scheme: str) -> dict[str, float]:
     bits, sym, group_size = SCHEMES[scheme]
     out, windows = WORK / f"{scheme}-gptqmodel", WORK / "windows.safetensors"
     shutil.rmtree(out, ignore_errors=True)
-    asked = config(scheme, "gptq")
+    asked = config(scheme, "gptq", **scheme_of(scheme))
     tokens = calibration_windows(asked, load_tokenizer(asked.model), console.print)
     save_file({"tokens": tokens.contiguous()}, windows)
     python = ROOT / ".venv-oracle" / "bin" / "python"
@@ -117,7 +118,7 @@ def llama(block: str) -> dict[str, float]:
     if not matrix.exists():
         text = WORK / "calibration.txt"
         tokenizer = load_tokenizer(fetch())
-        asked = config("int4-g64", "gptq")
+        asked = config("imatrix", "gptq", bits="4")
         tokens = calibration_windows(asked, tokenizer, console.print)
         text.write_text("\n".join(tokenizer.batch_decode(tokens)), encoding="utf-8")
         call("llama-imatrix", "-m", source, "-f", text, "-o", matrix, "-c", "512")
@@ -125,6 +126,12 @@ def llama(block: str) -> dict[str, float]:
     start = time.monotonic()
     call("llama-quantize", "--allow-requantize", "--imatrix", matrix, source, out, block)
     return {"seconds": time.monotonic() - start, **measured(out)}
+
+
+def mixed(block: str, done: dict[str, Any]) -> dict[str, float]:
+    """Ours, of no more bits per weight than llama.cpp's."""
+    most = done[f"llama.cpp {block}"]["bits"]
+    return ours(config(block, "gptq", bits="4", group_size=32, target_bpw=most))
 
 
 def dense_gguf() -> Path:
@@ -155,10 +162,15 @@ def main() -> None:
     rows: dict[str, Any] = {"dense": lambda: measured(fetch())}
     for scheme in asked.scheme:
         for method in METHODS:
-            rows[f"{scheme} {method}"] = lambda scheme=scheme, method=method: ours(scheme, method)
+            asked_for = config(scheme, method, **scheme_of(scheme))
+            rows[f"{scheme} {method}"] = lambda asked_for=asked_for: ours(asked_for)
         rows[f"{scheme} GPTQModel"] = lambda scheme=scheme: gptqmodel(scheme)
     for block in LLAMA_TYPES:
         rows[f"llama.cpp {block}"] = lambda block=block: llama(block)
+        rows[f"mixed as {block}"] = lambda block=block: mixed(block, done)
+        if block[:4] in K_QUANTS:
+            asked_for = config(block, "kquant", bits=block[1], group_size=None)
+            rows[f"kquant {block[:4]}"] = lambda asked_for=asked_for: ours(asked_for)
     for name, make in rows.items():
         if name not in done and (not asked.rows or name in asked.rows):
             console.print(f"[{name}]", markup=False)

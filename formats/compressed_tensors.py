@@ -67,7 +67,7 @@ class CompressedTensors(FolderFormat):
             f"{module}.weight_scale": (scheme.scale_dtype, (out, groups)),
             f"{module}.weight_shape": (torch.int64, (2,)),
         }
-        if not scheme.symmetric:
+        if scheme.grid.zeros:
             parts[f"{module}.weight_zero_point"] = (torch.int32, (words(out, width), groups))
         return parts
 
@@ -161,7 +161,7 @@ class CompressedTensors(FolderFormat):
             (out, inputs), groups = shape, scheme.groups(shape[1])
             padded = (torch.int32, (out, -(-inputs // _PADDED)))
             parts[f"{module}.weight_packed"] = padded
-            if not scheme.symmetric:
+            if scheme.grid.zeros:
                 name = f"{module}.weight_zero_point"
                 parts[name] = (torch.int32, (-(-out // _PADDED), groups))
         return parts
@@ -173,7 +173,7 @@ class CompressedTensors(FolderFormat):
         take = _from_padded if width == 3 and _is_padded(reader, module, shape) else from_words
         codes = take(reader.tensor(f"{module}.weight_packed"), width, inputs)
         zeros = None
-        if not scheme.symmetric:
+        if scheme.grid.zeros:
             stream = reader.tensor(f"{module}.weight_zero_point").t()
             zeros = take(stream, width, out).t().contiguous()
         scales = checked_scales(reader, f"{module}.weight_scale")
@@ -238,7 +238,7 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
     return {
         "num_bits": scheme.grid.bits,
         "type": "int",
-        "symmetric": scheme.symmetric,
+        "symmetric": not scheme.grid.zeros,
         "strategy": "channel" if scheme.group_size is None else "group",
         "group_size": scheme.group_size,
         "dynamic": False,

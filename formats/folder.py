@@ -36,6 +36,7 @@ class FolderFormat(Format):
     """A Hugging Face folder. Subclasses say what stands in it."""
 
     scale_dtypes: ClassVar[tuple[torch.dtype, ...]]  # the first is what others are rounded to
+    tells_shares: ClassVar[bool] = False  # whether files say that scales are multiples of one
 
     @abstractmethod
     def describes(self, quantization: dict[str, Any]) -> bool:
@@ -121,7 +122,9 @@ class FolderFormat(Format):
         return found
 
     def verdict(self, scheme: Scheme, shape: tuple[int, int], options: Options) -> Verdict:
-        exact = scheme.scale_dtype in self.scale_dtypes
+        # float32 holds what the others do
+        wider = torch.float32 in self.scale_dtypes
+        exact = wider or scheme.scale_dtype in self.scale_dtypes
         if not exact and not options.allow_lossy:
             mine = dtype_name(self.scale_dtypes[0])
             return Verdict(
@@ -130,12 +133,15 @@ class FolderFormat(Format):
                 f"{dtype_name(scheme.scale_dtype)} values that {mine} does not hold "
                 "(--allow-lossy rounds them)",
             )
-        scale_dtype = scheme.scale_dtype if exact else self.scale_dtypes[0]
+        kept = scheme.scale_dtype in self.scale_dtypes
+        scale_dtype = scheme.scale_dtype if kept else self.scale_dtypes[0]
         reason = self._no_grid(scheme, options.bits)
         for grid in self.grids:
             if options.bits not in (None, grid.bits) or not scheme.grid.factor_into(grid):
                 continue
             holder = Scheme(grid, scheme.group_size, scale_dtype)
+            if self.tells_shares and kept and grid == scheme.grid:
+                holder = scheme
             refusal = self.refuses(holder, shape)
             if refusal is None:
                 size = sum(map(part_bytes, self.parts("", holder, shape).values()))

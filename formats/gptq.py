@@ -93,7 +93,7 @@ class Gptq(FolderFormat):
             "checkpoint_format": self.name,
             "bits": scheme.grid.bits,
             "group_size": scheme.group_size or -1,
-            "sym": scheme.symmetric,
+            "sym": not scheme.grid.zeros,
             "desc_act": False,
             "lm_head": "lm_head" in modules,
             "pack_dtype": "int32",
@@ -137,7 +137,7 @@ class Gptq(FolderFormat):
         stored = from_words(reader.tensor(f"{module}.qzeros"), width, out)
         zeros = (stored.to(torch.int16) + self.zero_offset) % (1 << width)
         zeros = zeros.to(torch.uint8).t().contiguous()
-        if not scheme.symmetric:
+        if scheme.grid.zeros:
             return QuantizedTensor(codes, scales, scheme, zeros)
         if bool(torch.ne(zeros, scheme.grid.zero or 0).any()):
             raise CheckpointError(

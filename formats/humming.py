@@ -122,9 +122,9 @@ class Humming(FolderFormat):
         zeros = None
         if _has_zero_point(scheme.grid):
             stored = reader.tensor(f"{module}.zero_point").float()
-            if scheme.symmetric and bool((stored != scheme.grid.middle).any()):
+            if not scheme.grid.zeros and bool((stored != scheme.grid.middle).any()):
                 raise CheckpointError(f"{reader.folder}: {module} mixes zero points.")
-            zeros = None if scheme.symmetric else stored.to(torch.uint8)
+            zeros = stored.to(torch.uint8) if scheme.grid.zeros else None
         return QuantizedTensor(codes, scales, scheme, zeros)
 
 

@@ -353,7 +353,7 @@ def _recode(tensor: Stored, verdict: Verdict, name: str) -> QuantizedTensor:
                 f"{module_of(name)}: a scale is out of the range of {holder.scale_dtype}."
             )
         scheme = replace(tensor.scheme, scale_dtype=holder.scale_dtype)
-        tensor = QuantizedTensor(tensor.codes, scales, scheme, tensor.zeros)
+        tensor = replace(tensor, scales=scales, scheme=scheme)
     try:
         return tensor.embed(holder.grid)
     except ValueError as error:
@@ -363,7 +363,7 @@ def _recode(tensor: Stored, verdict: Verdict, name: str) -> QuantizedTensor:
 def _hash(tensor: Stored) -> str:
     if isinstance(tensor, QuantizedTensor):
         digest = sha256(json.dumps(tensor.scheme.to_json()).encode())
-        for part in (tensor.codes, tensor.scales, tensor.zeros):
+        for part in (tensor.codes, tensor.scales, tensor.zeros, tensor.minima):
             if part is not None:
                 digest.update(as_bytes(part))
         return digest.hexdigest()

@@ -6,6 +6,7 @@ from qexport.checkpoint import Checkpoint, open_source, quantization_of, read_co
 from qexport.errors import CheckpointError, InputError
 from qexport.formats.awq import Awq
 from qexport.formats.base import Format
+from qexport.formats.bitsandbytes import BitsAndBytes
 from qexport.formats.compressed_tensors import CompressedTensors, IntQuantized
 from qexport.formats.gguf import Gguf
 from qexport.formats.gptq import Gptq, GptqV2
@@ -24,6 +25,7 @@ FORMATS: dict[str, Format] = {
         CompressedTensors(),
         IntQuantized(),
         Humming(),
+        BitsAndBytes(),
         Gguf(),
     )
 }

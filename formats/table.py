@@ -9,6 +9,7 @@ from qexport.grid import (
     INT3,
     INT4,
     INT8,
+    NF4,
     SEQ2,
     TERNARY,
     UINT4,
@@ -17,7 +18,7 @@ from qexport.grid import (
 
 __all__ = ["GROUPS", "TABLE_GRIDS", "verdict_table"]
 
-TABLE_GRIDS = (BINARY, TERNARY, SEQ2, INT3, INT4, INT8, UINT4)
+TABLE_GRIDS = (BINARY, TERNARY, SEQ2, INT3, INT4, INT8, NF4, UINT4)
 GROUPS = (None, 32, 64, 128, 256)
 
 

@@ -187,7 +187,7 @@ def _compare_quantized(
     step = max(1, _CHUNK // mine.shape[1])
     for first in range(0, mine.shape[0], step):
         part = slice(first, first + step)
-        _compare_values(_rows(mine, part), _rows(theirs, part).dequantize(), report)
+        _compare_values(mine.rows(part), theirs.rows(part).dequantize(), report)
     if report.differing_codes or report.differing_bits:
         report.offenders.append(name)
 
@@ -204,16 +204,10 @@ def _same(mine: QuantizedTensor, theirs: QuantizedTensor) -> bool:
     """Whether two tensors of one scheme and the same codes are the same to the bit."""
     if _differing_bits(mine.scales, theirs.scales):
         return False
-    return mine.zeros is theirs.zeros or (
-        mine.zeros is not None
-        and theirs.zeros is not None
-        and torch.equal(mine.zeros, theirs.zeros)
+    offsets = (mine.zeros, theirs.zeros), (mine.minima, theirs.minima)
+    return all(
+        a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in offsets
     )
-
-
-def _rows(tensor: QuantizedTensor, part: slice) -> QuantizedTensor:
-    zeros = None if tensor.zeros is None else tensor.zeros[part]
-    return QuantizedTensor(tensor.codes[part], tensor.scales[part], tensor.scheme, zeros)
 
 
 def _compare_values(mine: QuantizedTensor, found: Tensor, report: Verification) -> None:
@@ -233,7 +227,9 @@ def _group_ulp(tensor: QuantizedTensor) -> Tensor:
     """A float16 unit in the last place of the largest value that each group can take."""
     grid = tensor.scheme.grid
     top = grid.levels - 1
-    if tensor.zeros is None:
+    if grid.values is not None:
+        reach = torch.tensor(max(map(abs, grid.values)))
+    elif tensor.zeros is None:
         reach = torch.tensor(max(grid.middle, top - grid.middle))
     else:
         reach = torch.maximum(tensor.zeros.float(), top - tensor.zeros.float())

@@ -46,6 +46,7 @@ __all__ = [
 CONFIG_VERSION = 1
 SCALE_SUFFIX = ".weight_scale"
 ZERO_SUFFIX = ".weight_zero_point"
+MINIMUM_SUFFIX = ".weight_minimum"
 _UPSTREAM_SUFFIX = ".weight_clip_val"
 _CARRIED = (
     "tokenizer*",
@@ -266,6 +267,16 @@ def checked_scales(reader: ShardReader, name: str) -> Tensor:
     return scales
 
 
+def checked_minima(reader: ShardReader, name: str) -> Tensor:
+    """The minima `name`, or CheckpointError if one is not finite."""
+    minima = reader.tensor(name)
+    if not bool(minima.isfinite().all()):
+        raise CheckpointError(
+            f"{reader.folder}: {name} holds a minimum that is not finite; the file is damaged."
+        )
+    return minima
+
+
 def _is_shape(value: object) -> bool:
     return (
         isinstance(value, list)
@@ -311,7 +322,7 @@ def _load_latent(reader: ShardReader, module: str, scheme: Scheme) -> QuantizedT
 
 def _code_entries(reader: ShardReader, quantization: dict[str, Any]) -> dict[str, Entry]:
     modules = modules_from_json(quantization)
-    suffixes = (SCALE_SUFFIX, ZERO_SUFFIX)
+    suffixes = (SCALE_SUFFIX, ZERO_SUFFIX, MINIMUM_SUFFIX)
     theirs = {module + suffix for module in modules for suffix in suffixes}
     entries = {name: dense_entry(reader, name) for name in reader if name not in theirs}
     for module, (scheme, shape) in modules.items():
@@ -331,15 +342,21 @@ def code_parts(module: str, scheme: Scheme, shape: tuple[int, int]) -> Parts:
         f"{module}.weight": (torch.uint8, shape),
         module + SCALE_SUFFIX: (scheme.scale_dtype, groups),
     }
-    if not scheme.symmetric:
+    if scheme.grid.zeros:
         parts[module + ZERO_SUFFIX] = torch.uint8, groups
+    if scheme.grid.minima:
+        parts[module + MINIMUM_SUFFIX] = torch.float32, groups
     return parts
 
 
 def code_tensors(module: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
     """What `code_parts` promises."""
     found = {f"{module}.weight": tensor.codes, module + SCALE_SUFFIX: tensor.scales}
-    return found if tensor.zeros is None else {**found, module + ZERO_SUFFIX: tensor.zeros}
+    if tensor.zeros is not None:
+        found[module + ZERO_SUFFIX] = tensor.zeros
+    if tensor.minima is not None:
+        found[module + MINIMUM_SUFFIX] = tensor.minima
+    return found
 
 
 def _load_codes(reader: ShardReader, module: str, scheme: Scheme) -> QuantizedTensor:
@@ -349,8 +366,10 @@ def _load_codes(reader: ShardReader, module: str, scheme: Scheme) -> QuantizedTe
             f"{reader.folder}: {module} holds code {int(codes.max())}, and {scheme.grid.name} has "
             f"{scheme.grid.levels} levels; the file is damaged."
         )
-    zeros = None if scheme.symmetric else reader.tensor(module + ZERO_SUFFIX)
-    return QuantizedTensor(codes, checked_scales(reader, module + SCALE_SUFFIX), scheme, zeros)
+    zeros = reader.tensor(module + ZERO_SUFFIX) if scheme.grid.zeros else None
+    minima = checked_minima(reader, module + MINIMUM_SUFFIX) if scheme.grid.minima else None
+    scales = checked_scales(reader, module + SCALE_SUFFIX)
+    return QuantizedTensor(codes, scales, scheme, zeros, minima)
 
 
 def _upstream_entries(reader: ShardReader, config: dict[str, Any]) -> dict[str, Entry]:

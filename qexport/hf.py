@@ -17,11 +17,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qexport import bits
 from qexport.checkpoint import modules_from_json
 from qexport.errors import CheckpointError
+from qexport.formats.native import Native, decoded
 from qexport.grid import Scheme
-from qexport.tensor import QuantizedTensor
 
 __all__ = ["PackedLinear", "QexportConfig", "QexportQuantizer"]
 
@@ -42,29 +41,23 @@ class QexportConfig(QuantizationConfigMixin):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer of a native checkpoint: `qweight`, `scales` and perhaps `zeros`, `bias`."""
-
-    qweight: Tensor
-    scales: Tensor
-    zeros: Tensor | None
+    """A linear layer of a native checkpoint: the buffers of that layout, and perhaps a `bias`."""
 
     def __init__(self, scheme: Scheme, shape: tuple[int, int], bias: bool) -> None:
         super().__init__()
         self.scheme = scheme
         self.out_features, self.in_features = shape
-        groups = (shape[0], scheme.groups(shape[1]))
-        row = bits.packed_bytes(shape[1], scheme.grid.bits)
-        self.register_buffer("qweight", torch.empty(shape[0], row, dtype=torch.uint8))
-        self.register_buffer("scales", torch.empty(groups, dtype=scheme.scale_dtype))
-        zeros = None if scheme.symmetric else torch.empty(groups, dtype=torch.uint8)
-        self.register_buffer("zeros", zeros)
+        for name, (dtype, sides) in Native().parts("", scheme, shape).items():
+            self.register_buffer(name.removeprefix("."), torch.empty(sides, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(shape[0])) if bias else None
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         """The dequantized weight [out, in]."""
-        codes = bits.unpack(self.qweight, self.scheme.grid.bits, self.in_features)
-        scales = self.scales.to(self.scheme.scale_dtype)
-        return QuantizedTensor(codes, scales, self.scheme, self.zeros).dequantize(dtype)
+        buffers = {f".{name}": buffer for name, buffer in self.named_buffers(recurse=False)}
+        # a model that was moved to another dtype took the scales with it
+        dtypes = Native().parts("", self.scheme, (self.out_features, self.in_features))
+        parts = {name: buffers[name].to(dtype) for name, (dtype, _) in dtypes.items()}
+        return decoded("", parts, self.scheme, self.in_features).dequantize(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., in] times the weight, in the dtype of `x`."""

@@ -78,6 +78,6 @@ def _quantized(shape: tuple[int, int], scheme: Scheme) -> QuantizedTensor:
     codes = torch.randint(0, scheme.grid.levels, shape, dtype=torch.uint8)
     scales = torch.full(groups, _SCALE, dtype=scheme.scale_dtype)
     zeros = None
-    if not scheme.symmetric:
+    if scheme.grid.zeros:
         zeros = torch.full(groups, scheme.grid.levels // 2, dtype=torch.uint8)
     return QuantizedTensor(codes, scales, scheme, zeros)

@@ -164,10 +164,4 @@ def _rows_of(weights: list[QuantizedTensor | Tensor]) -> QuantizedTensor | Tenso
         return torch.cat(dense)
     if dense or len({part.scheme for part in parts}) > 1:
         return None
-    zeros = [part.zeros for part in parts if part.zeros is not None]
-    return QuantizedTensor(
-        torch.cat([part.codes for part in parts]),
-        torch.cat([part.scales for part in parts]),
-        parts[0].scheme,
-        torch.cat(zeros) if zeros else None,
-    )
+    return QuantizedTensor.of_rows(parts)

@@ -25,7 +25,7 @@ from qexport.errors import QexportError
 from qexport.formats import FORMATS, Options, open_checkpoint
 from qexport.formats.pack import pack
 from qexport.tiny import write_tiny_model
-from tests.formats.models import decoder_layer
+from tests.formats.models import decoder_layer, taken_by
 
 SECONDS = 2
 MEMORY = 256 << 20
@@ -72,7 +72,7 @@ def bases(folder: Path) -> dict[str, Path]:
     model = write_tiny_model(folder / "dense", num_hidden_layers=1)
     found = {"dense": model}
     for name, form in FORMATS.items():
-        grid, group = ("int8", None) if name == "int-quantized" else ("seq2", 32)
+        grid, group = taken_by(name)
         source = decoder_layer(model, grid, 64, group)
         pack(source, form, folder / name, Options())
         found[name] = folder / name

@@ -37,15 +37,21 @@ class Decoded:
     step     float32 [out, in / sub], one for every `sub` weights of a row
     zero     of all codes, where the type is symmetric
     minimum  float32 like `step`, where it is not
+    values   of a codebook, where the type has one: `step * values[code]`
     """
 
     codes: Tensor
     step: Tensor
     zero: float | None = None
     minimum: Tensor | None = None
+    values: tuple[float, ...] | None = None
 
     def dequantize(self) -> Tensor:
         """float32 [out, in], in the order of operations of ggml."""
+        if self.values is not None:
+            book = torch.tensor(self.values)[self.codes.to(torch.int32)]
+            values = book.view(*self.step.shape, -1) * self.step.unsqueeze(-1)
+            return values.view(self.codes.shape)
         codes = self.codes.float().view(*self.step.shape, -1)
         if self.minimum is None:
             assert self.zero is not None

@@ -2,7 +2,17 @@
 
 from qexport.formats.gguf.block import Block
 from qexport.formats.gguf.k_blocks import Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
-from qexport.formats.gguf.plain_blocks import Q1_0, Q2_0, Q4_0, Q4_1, Q5_0, Q8_0, TQ1_0, TQ2_0
+from qexport.formats.gguf.plain_blocks import (
+    IQ4_NL,
+    Q1_0,
+    Q2_0,
+    Q4_0,
+    Q4_1,
+    Q5_0,
+    Q8_0,
+    TQ1_0,
+    TQ2_0,
+)
 
 __all__ = ["BLOCKS", "BY_ID"]
 
@@ -12,7 +22,7 @@ BLOCKS: dict[str, Block] = {
     block.name: block
     for block in sorted(
         (
-            *(Q1_0(), TQ1_0(), TQ2_0(), Q2_0(), Q2_K(), Q3_K(), Q4_0(), Q4_K(), Q4_1()),
+            *(Q1_0(), TQ1_0(), TQ2_0(), Q2_0(), Q2_K(), Q3_K(), Q4_0(), Q4_K(), IQ4_NL(), Q4_1()),
             *(Q5_0(), Q5_K(), Q6_K(), Q8_0()),
         ),
         key=lambda block: block.bits_per_weight,

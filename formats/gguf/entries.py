@@ -131,14 +131,7 @@ def _load_blocks(
     parts = [
         _as_quantized(decoded, scheme, file, name) for decoded in _decoded(file, name, block, shape)
     ]
-    zeros = [part.zeros for part in parts if part.zeros is not None]
-    whole = QuantizedTensor(
-        torch.cat([part.codes for part in parts]),
-        torch.cat([part.scales for part in parts]),
-        scheme,
-        torch.cat(zeros) if zeros else None,
-    )
-    tensor = rows.from_file(name, whole)
+    tensor = rows.from_file(name, QuantizedTensor.of_rows(parts))
     assert isinstance(tensor, QuantizedTensor)
     return tensor
 
@@ -150,22 +143,27 @@ def _as_quantized(decoded: Decoded, scheme: Scheme, file: GgufFile, name: str) -
     steps = decoded.step.view(out, groups, -1)
     scales = steps[..., 0].to(scheme.scale_dtype)
     zeros = _zeros(decoded, groups, scheme.grid)
-    found = QuantizedTensor(decoded.codes, scales, scheme, zeros)
     top = int(decoded.codes.max())
     same = bool((steps == scales.float().unsqueeze(-1)).all())
-    if decoded.minimum is not None:
+    same = same and decoded.values == scheme.grid.values
+    minima = None
+    if scheme.grid.minima and decoded.minimum is not None:
+        whole = decoded.minimum.view(out, groups, -1)
+        minima = whole[..., 0].contiguous()
+        same = same and bool((whole == minima.unsqueeze(-1)).all())
+    elif decoded.minimum is not None:
         middle = torch.tensor(scheme.grid.middle) if zeros is None else zeros.float().unsqueeze(-1)
         same = same and bool((decoded.minimum.view(steps.shape) == steps * middle).all())
-    elif scheme.symmetric:
-        same = same and decoded.zero == scheme.grid.zero
+    elif not scheme.grid.zeros:
+        same = same and decoded.zero == scheme.grid.zero and not scheme.grid.minima
     if not same or top >= scheme.grid.levels:
         raise file.damaged(f"{name} is not on the grid {scheme} that its metadata names")
-    return found
+    return QuantizedTensor(decoded.codes, scales, scheme, zeros, minima)
 
 
 def _zeros(decoded: Decoded, groups: int, grid: Grid) -> Tensor | None:
     """Zero points [out, groups] of an asymmetric grid, from minima or the type's own."""
-    if grid.zero is not None:
+    if not grid.zeros:
         return None
     out = decoded.codes.shape[0]
     if decoded.minimum is None:

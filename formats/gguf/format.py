@@ -40,6 +40,7 @@ from qexport.formats.gguf.hparams import (
     rope_tensors,
     rows_of,
 )
+from qexport.formats.gguf.k_blocks import SuperBlocked
 from qexport.formats.gguf.names import Rows, from_gguf, to_gguf
 from qexport.formats.gguf.rounding import round_to_q6_k, round_to_q8_0
 from qexport.formats.gguf.vocabulary import tokenizer_of, vocabulary
@@ -71,7 +72,8 @@ class Gguf(Format):
         return bool(_files(path)) and not any(path.glob("*.safetensors"))
 
     def verdict(self, scheme: Scheme, shape: tuple[int, int], options: Options) -> Verdict:
-        exact = scheme.scale_dtype == torch.float16
+        tied = scheme.super_block is not None  # of whatever dtype, its scales are multiples
+        exact = tied or scheme.scale_dtype == torch.float16
         if not exact and not options.allow_lossy:
             return Verdict(
                 None,
@@ -85,7 +87,7 @@ class Gguf(Format):
             for grid in block.holds
             if options.block in (None, block.name)
             and options.bits in (None, block.width)
-            and (group % block.size == 0 or _shares(scheme, block))
+            and (_shares(scheme, block) if tied else group % block.size == 0)
             and scheme.grid.factor_into(grid)
         ]
         if not fitting and options.allow_lossy and options.block == "Q4_1":
@@ -93,8 +95,8 @@ class Gguf(Format):
         if not fitting:
             return Verdict(None, reason=_no_block(scheme, group, options))
         block, grid, bound = fitting[0]
-        kept = scheme.super_block if _shares(scheme, block) else None
-        holder = Scheme(grid, scheme.group_size, torch.float16, kept)
+        dtype = scheme.scale_dtype if tied else torch.float16
+        holder = Scheme(grid, scheme.group_size, dtype, scheme.super_block)
         return Verdict(holder, block.name, None, block.bits_per_weight, bound)
 
     def layout(self, source: Checkpoint, plan: Plan, options: Options) -> Layout:
@@ -187,7 +189,7 @@ def _only_file(path: Path) -> Path:
 def _rounded_minimum(scheme: Scheme, group: int) -> list[tuple[Block, Grid, float]]:
     """Q4_1 for zero points: its float16 minimum is off by half a unit in the last place."""
     block = BLOCKS["Q4_1"]
-    if scheme.symmetric or scheme.grid.bits != block.width or group % block.size:
+    if not scheme.grid.zeros or scheme.grid.bits != block.width or group % block.size:
         return []
     scales = 0.0 if scheme.scale_dtype == torch.float16 else 1.0
     return [(block, scheme.grid, 0.51 + scales)]
@@ -341,19 +343,23 @@ def _encode(
 def _encode_blocks(block: Block, tensor: QuantizedTensor) -> Tensor:
     out, inputs = tensor.shape
     blocks = inputs // block.size
-    shares = _shares(tensor.scheme, block)
-    per_group = 1 if shares else blocks // tensor.scales.shape[1]
+    shared = tensor.scheme.super_block
     data = torch.empty(out, blocks, block.bytes, dtype=torch.uint8)
     step = max(1, ROWS // inputs)
     for first in range(0, out, step):
-        part = slice(first, first + step)
-        scales = tensor.scales[part].repeat_interleave(per_group, 1)
-        if shares:
-            scales = scales.view(scales.shape[0], blocks, -1)
-        zeros = None if tensor.zeros is None else tensor.zeros[part]
-        spread = None if zeros is None else zeros.repeat_interleave(per_group, 1)
-        codes = tensor.codes[part].view(-1, blocks, block.size)
-        data[part] = block.encode(tensor.scheme.grid, codes, scales, spread)
+        part = tensor.rows(slice(first, first + step))
+        codes = part.codes.view(-1, blocks, block.size)
+        if shared is not None:
+            assert isinstance(block, SuperBlocked)
+            scales = part.scales.view(len(codes), blocks, -1)
+            minima = None if part.minima is None else part.minima.view(scales.shape)
+            encoded = block.encode_super(shared, codes, scales, minima)
+        else:
+            per_group = blocks // part.scales.shape[1]
+            scales = part.scales.repeat_interleave(per_group, 1)
+            zeros = None if part.zeros is None else part.zeros.repeat_interleave(per_group, 1)
+            encoded = block.encode(tensor.scheme.grid, codes, scales, zeros)
+        data[first : first + step] = encoded
     return data
 
 

@@ -119,8 +119,7 @@ class Rows:
         order = rows.view(heads, *sides).transpose(1, 2).reshape(-1)
         if isinstance(tensor, Tensor):
             return tensor[order]
-        zeros = None if tensor.zeros is None else tensor.zeros[order]
-        return QuantizedTensor(tensor.codes[order], tensor.scales[order], tensor.scheme, zeros)
+        return tensor.rows(order)
 
     def _heads(self, name: str) -> int:
         if ".q_proj." in name:

@@ -16,8 +16,9 @@ from qexport.formats.gguf.block import (
     unplanes,
 )
 from qexport.grid import BINARY, INT4, INT5, INT8, TERNARY, UINT2, Grid
+from qexport.grid import IQ4_NL as CODEBOOK
 
-__all__ = ["Q1_0", "Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "TQ1_0", "TQ2_0"]
+__all__ = ["IQ4_NL", "Q1_0", "Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "TQ1_0", "TQ2_0"]
 
 
 class Q1_0(Block):
@@ -108,6 +109,21 @@ class Q4_0(Block):
 
     def decode(self, raw: Tensor) -> Decoded:
         return Decoded(rows(unplanes(raw[..., 2:], 4, 2)), floats(raw[..., :2]), 8.0)
+
+
+class IQ4_NL(Block):
+    """Q4_0 with a codebook."""
+
+    name, id, file_type, size, bytes, sub = "IQ4_NL", 20, 25, 32, 18, 32
+    holds, natural = (CODEBOOK,), CODEBOOK
+
+    def encode(self, grid: Grid, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+        stream = planes(codes.reshape(*codes.shape[:2], 2, 16), 4)
+        return torch.cat((halves(scales), stream), dim=-1)
+
+    def decode(self, raw: Tensor) -> Decoded:
+        codes = rows(unplanes(raw[..., 2:], 4, 2))
+        return Decoded(codes, floats(raw[..., :2]), values=CODEBOOK.values)
 
 
 class Q4_1(Block):

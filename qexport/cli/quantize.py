@@ -19,7 +19,9 @@ Examples:
 \b
 Methods: rtn (nearest codes, by scales of least squared error; needs no text), gptq,
 awq, signround (GPTQ, and then learned by what it does to a block's output), w8a8
-(SmoothQuant; `qexport pack --format int-quantized` serves it with int8 activations).
+(SmoothQuant; `qexport pack --format int-quantized` serves it with int8 activations),
+kquant (K-quants of GGUF, 2 to 6 bits, with GPTQ's codes; blocks of 32 where a row is not
+whole super-blocks), nf4 (bitsandbytes' codebook; needs no text).
 A run that was killed goes on with its next block when the same command is given again."""
 
 
@@ -34,15 +36,18 @@ class _QuantizeCommand(Command):
 @click.command(cls=_QuantizeCommand, epilog=_EPILOG)
 @click.argument("model")
 @click.option("--method", required=True, help="See below.")
-@click.option("--bits", help="1, 1.58, 2, 3, 4 or 8; or --target-bpw.")
+@click.option("--bits", help="1, 1.58, 2, 3, 4, 5, 6 or 8; or --target-bpw.")
 @click.option(
     "--target-bpw", type=float, help="Mix widths of 2, 3, 4 and 8 to so many bits per weight."
 )
 @click.option(
     "--target", metavar="gguf:BLOCK", help="gguf:Q2_K or gguf:Q3_K: on what that holds exactly."
 )
-@click.option("--group-size", type=int, help="-1 is per channel; default 128, or the target's.")
+@click.option("--group-size", type=int, help="-1 is per channel; default 128, nf4's 64.")
 @click.option("--per-tensor", is_flag=True, help="One scale a layer; with --group-size -1.")
+@click.option(
+    "--double-quant/--no-double-quant", default=True, help="NF4: scales of 8 bits, not of 32."
+)
 @click.option("--sym/--asym", default=True, help="A zero point for all, or one of each group.")
 @click.option("--grid", help="Another grid than --bits and --sym say: int2, say, or seq2.")
 @click.option("--calibration", metavar="SOURCE", help="builtin, a .jsonl or .txt, or a dataset id.")
@@ -86,23 +91,13 @@ def command(model: str, dry_run: bool, as_json: bool, **options: Any) -> None:
     from qexport.hub import local_folder
     from qexport.quantize import GptqOptions, QuantizeConfig, SignRoundOptions, quantize_model
     from qexport.ranks import is_main
-    from qexport.selection import target_bits
 
-    target, group_size = options["target"], options.pop("group_size")
-    if (options["bits"] is None) == (options["target_bpw"] is None and target is None):
-        raise click.UsageError(
-            "give one of --bits, --target and --target-bpw.", click.get_current_context()
-        )
-    if target is not None:
-        options["bits"] = target_bits(target)
-    options["bits"] = options["bits"] or "4"
-    if group_size is None:
-        group_size = 128 if target is None else -1
+    group_size = _complete(options)
     own = {name.name: options.pop(name.name) for name in fields(GptqOptions)}
     learning = {name: options.pop(name) for name in ("iterations", "lr")}
     config = QuantizeConfig(
         model=local_folder(model),
-        group_size=None if group_size == -1 else group_size,
+        group_size=group_size,
         gptq=GptqOptions(**own),
         signround=SignRoundOptions(**learning),
         **options,
@@ -119,3 +114,24 @@ def command(model: str, dry_run: bool, as_json: bool, **options: Any) -> None:
             f"{config.output}: {len(errors)} layers, {results['bits_per_weight']:.2f} bits per "
             f"weight, mean error of their outputs {mean:.2%}"
         )
+
+
+def _complete(options: dict[str, Any]) -> int | None:
+    """Set `bits` where something else says them; returns the size of groups, None per channel."""
+    from qexport.selection import target_bits
+
+    target, method, group_size = options["target"], options["method"], options.pop("group_size")
+    if method == "nf4":
+        options["bits"] = options["bits"] or "4"
+    if (options["bits"] is None) == (options["target_bpw"] is None and target is None):
+        raise click.UsageError(
+            "give one of --bits, --target and --target-bpw.", click.get_current_context()
+        )
+    if target is not None:
+        options["bits"] = target_bits(target)
+    options["bits"] = options["bits"] or "4"
+    if group_size is None:
+        if target is not None or method == "kquant":
+            return None
+        return 64 if method == "nf4" else 128
+    return None if group_size == -1 else int(group_size)

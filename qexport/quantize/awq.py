@@ -12,7 +12,6 @@ from torch import Tensor
 from qexport.grid import Scheme
 from qexport.quantize.activations import Seen, importance
 from qexport.quantize.fit import fit
-from qexport.tensor import quantize
 
 __all__ = ["awq_factors"]
 
@@ -37,7 +36,7 @@ def awq_factors(
         for weight, scheme in zip(weights, schemes, strict=True):
             larger = weight * factors
             found = fit(larger, scheme, matters / factors.square(), coarse=True)
-            made = quantize(larger, found.scale, scheme, found.zeros).dequantize() / factors
+            made = found.codes(larger, scheme).dequantize() / factors
             lost = made - weight
             error += float(((lost @ seen.hessian) * lost).sum())
         if error < least:

@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from qexport.errors import InputError
-from qexport.grid import GRIDS, INT8, Scheme
+from qexport.grid import GRIDS, INT5, INT8, IQ4_NL, K_QUANTS, KQ2, KQ4, KQ5, NF4, Scheme
 from qexport.precision import Precision
 from qexport.quantize.gptq import GptqOptions
 from qexport.quantize.signround import SignRoundOptions
@@ -48,12 +50,18 @@ METHODS = {
     "awq": Method(scaling="awq"),
     "signround": Method(rounding="gptq", learned=True),
     "w8a8": Method(scaling="smooth", rounding="gptq"),
+    "kquant": Method(rounding="gptq"),
+    "nf4": Method(looks=False),
 }
 ROUNDINGS = ("rtn", "gptq")  # methods that a layer may have for itself
 GRID_OF = {  # by width, symmetric and not
     **{"1": ("binary", None), "1.58": ("ternary", None), "2": ("seq2", "uint2")},
-    **{"3": ("int3", "uint3"), "4": ("int4", "uint4"), "8": ("int8", "uint8")},
+    **{"3": ("int3", "uint3"), "4": ("int4", "uint4"), "5": ("int5", None)},
+    **{"6": ("int6", None), "8": ("int8", "uint8")},
 }
+_K_GRIDS = {f"{block.grid.bits}": block for block in K_QUANTS.values()}
+# where a row is no whole number of super-blocks: grids of GGUF's blocks of 32
+_K_BESIDE = {"2": IQ4_NL, "3": IQ4_NL, "4": IQ4_NL, "5": INT5, "6": INT8}
 _FREE_FIELDS = ("output", "resume", "batch_size")  # may differ between a kill and a resume
 _DENSE = "16"
 _MIXED = ("2", "3", "4", "8")
@@ -72,6 +80,7 @@ class QuantizeConfig:
                       says their bits and groups, and how scales are tied
     group_size        inputs that share a scale; None is one per channel
     per_tensor        one scale for a whole layer, in place of groups
+    double_quant      whether scales of NF4 are rounded to 8 bits
     calibration       text as in `qexport.data.documents`, of which `samples` windows of `length`
                       tokens are taken; a method that looks at no activations needs none
     include, exclude  patterns of the names of layers that are quantized, and that are not
@@ -92,6 +101,7 @@ class QuantizeConfig:
     grid: str | None = None
     group_size: int | None = 128
     per_tensor: bool = False
+    double_quant: bool = True
     calibration: str | None = None
     samples: int = 128
     length: int = 512
@@ -134,6 +144,12 @@ class QuantizeConfig:
                 raise InputError(f"--{name.replace('_', '-')} is too small.")
         if self.target is not None:
             self._check_target(self.target)
+        if self.method in ("kquant", "nf4"):
+            self._check_own_grid()
+        if METHODS[self.method].learned and self.grid in (NF4.name, IQ4_NL.name):
+            raise InputError(f"signround learns of uniform grids alone, not of {self.grid}.")
+        if self.grid in (KQ2.name, KQ4.name, KQ5.name):
+            raise InputError(f"--grid {self.grid} is of --method kquant alone.")
         if self.method == "w8a8" and self._scheme(self.bits, self.group_size) != Scheme(INT8):
             raise InputError("--method w8a8 is of --bits 8 and --group-size -1, symmetric.")
         if self.per_tensor and (self.group_size is not None or METHODS[self.method].learned):
@@ -153,6 +169,32 @@ class QuantizeConfig:
             raise InputError(f"--target {target} has groups of its own; leave --group-size out.")
         if self.target_bpw is not None:
             raise InputError("--target-bpw does not go with --target.")
+
+    def _check_own_grid(self) -> None:
+        """Methods that say the grid, and kquant's groups too."""
+        if self.grid is not None or not self.sym or self.target_bpw is not None or self.per_tensor:
+            raise InputError(
+                f"--method {self.method} has a grid of its own; leave --grid, --asym, --per-tensor "
+                "and --target-bpw out."
+            )
+        if self.target is not None:
+            raise InputError("--target goes with gptq or rtn; --method kquant says --bits alone.")
+        if self.method == "nf4" and self.bits != "4":
+            raise InputError("--method nf4 is of --bits 4.")
+        if self.method == "kquant" and (self.bits not in _K_GRIDS or self.group_size is not None):
+            raise InputError(
+                f"--method kquant has --bits {', '.join(_K_GRIDS)}, and groups of its own; leave "
+                "--group-size out."
+            )
+
+    def fitting(self, layer: str, inputs: int) -> Scheme | None:
+        """`scheme_of`, and another one where a row of the layer is no whole super-blocks."""
+        scheme = self.scheme_of(layer)
+        if self.method != "kquant" or scheme is None or scheme.super_block is None:
+            return scheme
+        if inputs % scheme.super_block.size == 0:
+            return scheme
+        return Scheme(_K_BESIDE[str(scheme.grid.bits)], 32)
 
     @property
     def looks(self) -> bool:
@@ -182,6 +224,11 @@ class QuantizeConfig:
 
     def _scheme(self, bits: str, group_size: int | None) -> Scheme:
         name = self.grid if bits == self.bits else None
+        if self.method == "kquant" and group_size is None and bits in _K_GRIDS:
+            block = _K_GRIDS[bits]
+            return Scheme(block.grid, block.group_size, torch.float32, block)
+        if self.method == "nf4" and bits == self.bits:
+            name = NF4.name
         if name is None:
             name = GRID_OF[bits][0 if self.sym else 1]
         if name is None:
@@ -189,6 +236,8 @@ class QuantizeConfig:
         if self.target is not None and bits == self.bits and group_size == self.group_size:
             block = TARGETS[self.target]
             return Scheme(block.grid, block.group_size, super_block=block)
+        if name == NF4.name:  # bitsandbytes has float32 scales
+            return Scheme(NF4, group_size, torch.float32, double_quant=self.double_quant)
         return Scheme(GRIDS[name], group_size)
 
     def rounding_of(self, layer: str) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from qexport.blocks import Blocks, Stream
 from qexport.checkpoint import Checkpoint, Modules, code_parts, code_tensors, module_of
 from qexport.errors import InputError
+from qexport.grid import Scheme
 from qexport.layers import quantized_modules
 from qexport.modelling import build_model, load_tokenizer, meta_model
 from qexport.output import disk_errors, mark, write_json
@@ -103,7 +104,11 @@ class _Job:
 
 def _prepared(config: QuantizeConfig, source: Checkpoint, console: Console) -> _Job:
     plan = meta_model(source)
-    modules = quantized_modules(plan, config.scheme_of)
+
+    def choose(name: str) -> Scheme | None:
+        return config.fitting(name, plan.get_submodule(name).in_features)
+
+    modules = quantized_modules(plan, choose)
     config.check_patterns(name for name, _ in plan.named_modules())
     if not modules:
         raise InputError("no layer is left to be quantized.")

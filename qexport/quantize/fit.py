@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qexport.grid import Grid, Scheme
-from qexport.tensor import portable, quantize, storable
+from qexport.tensor import QuantizedTensor, portable, quantize, storable
 
 __all__ = ["Fit", "fit", "fit_tensor"]
 
@@ -18,10 +18,24 @@ _CHUNK = 1 << 18  # weights searched at a time, so that the candidates stay in t
 
 @dataclass(frozen=True)
 class Fit:
-    """scale float32 [out, groups], portable; zeros uint8 [out, groups] of asymmetric grids."""
+    """scale float32 [out, groups], as a scheme stores it; zeros uint8 or minima float32 likewise,
+    of grids that have them."""
 
     scale: Tensor
-    zeros: Tensor | None
+    zeros: Tensor | None = None
+    minima: Tensor | None = None
+
+    def codes(self, weight: Tensor, scheme: Scheme) -> QuantizedTensor:
+        """The nearest ones of `weight` [out, in]."""
+        return quantize(weight, self.scale, scheme, self.zeros, self.minima)
+
+    def columns(self, groups: Tensor) -> "list[Fit]":
+        """A column's own, for each of these groups: all [out, 1]."""
+        parts = [
+            [None] * len(groups) if part is None else part.T[groups].unsqueeze(-1).unbind()
+            for part in (self.scale, self.zeros, self.minima)
+        ]
+        return [Fit(*each) for each in zip(*parts, strict=True)]
 
 
 def fit(
@@ -57,7 +71,7 @@ def _fit(weight: Tensor, scheme: Scheme, importance: Tensor | None, *, coarse: b
     grouped = weight.reshape(out, scheme.groups(inputs), -1)
     best = _Best(weight, scheme, importance)
     for shrink in _shrinks(scheme.grid, 6 if coarse else _RANGES):
-        if scheme.grid.zero is None:
+        if scheme.grid.zeros:
             _try_ranges(best, grouped, scheme.grid, shrink)
         else:
             best.consider(portable(_widest(grouped, scheme.grid) * shrink), None)
@@ -74,10 +88,13 @@ def _shrinks(grid: Grid, count: int) -> list[float]:
 
 
 def _widest(grouped: Tensor, grid: Grid) -> Tensor:
-    """The scale [out, groups] with which no weight is clipped, on a symmetric grid."""
-    assert grid.zero is not None
-    top = grouped.amax(-1) / (grid.levels - 1 - grid.zero)
-    return torch.maximum(top, -grouped.amin(-1) / grid.zero)
+    """The scale [out, groups] that clips no weight, on a symmetric grid or a codebook."""
+    if grid.values is not None:
+        low, high = grid.values[0], grid.values[-1]
+    else:
+        assert grid.zero is not None
+        low, high = -grid.zero, grid.levels - 1 - grid.zero
+    return torch.maximum(grouped.amax(-1) / high, grouped.amin(-1) / low)
 
 
 def _try_ranges(best: "_Best", grouped: Tensor, grid: Grid, shrink: float) -> None:
@@ -100,7 +117,7 @@ class _Best:
         self._error = torch.full(groups, math.inf, device=weight.device)
         self.scale = torch.ones(groups, device=weight.device)
         self.zeros: Tensor | None = None
-        if not scheme.symmetric:
+        if scheme.grid.zeros:
             self.zeros = torch.zeros(groups, dtype=torch.uint8, device=weight.device)
 
     def consider(self, scale: Tensor, zeros: Tensor | None) -> None:

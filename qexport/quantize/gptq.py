@@ -17,7 +17,7 @@ from qexport.grid import Scheme
 from qexport.quantize.activations import output_error
 from qexport.quantize.fit import Fit
 from qexport.quantize.rounding import Rounding
-from qexport.tensor import QuantizedTensor, quantize, storable
+from qexport.tensor import QuantizedTensor, storable
 
 __all__ = ["GptqOptions", "Inputs", "compensate", "gptq"]
 
@@ -73,7 +73,7 @@ def gptq(
     """The layer `weight` [out, in] float32 on the grid; `first` are the scales to begin with."""
 
     def rounded(found: Fit) -> tuple[Rounding, float]:
-        made = compensate(weight, inputs, found.scale, scheme, found.zeros, options.block_size)
+        made = compensate(weight, inputs, found, scheme, options.block_size)
         rounding = Rounding(made, found, scheme)
         return rounding, output_error(weight, rounding.tensor().dequantize(), inputs.hessian)
 
@@ -89,21 +89,18 @@ def gptq(
 def compensate(
     weight: Tensor,
     inputs: Inputs,
-    scale: Tensor,
+    fit: Fit,
     scheme: Scheme,
-    zeros: Tensor | None = None,
     block_size: int = _DEFAULT.block_size,
 ) -> Tensor:
-    """Weights [out, in] whose nearest codes, for these scales, are GPTQ's solution.
-
-    scale   float32 [out, groups], as it will be stored; zeros uint8, of an asymmetric grid
+    """Weights [out, in] whose nearest codes, for the scales of `fit`, are GPTQ's solution.
 
     It is reckoned in the dtype of `weight`.
     """
     order, count = inputs.order, weight.shape[1]
     factor = inputs.factor.to(weight.dtype)
-    groups = order // (count // scale.shape[1])
-    scales, points = scale.T[groups], None if zeros is None else zeros.T[groups]
+    groups = order // (count // fit.scale.shape[1])
+    fits = fit.columns(groups)
     work = weight.T[order]  # [in, out]: a column of weights is a row, which lies together
     alone = Scheme(scheme.grid, None, torch.float32)
     found = torch.empty_like(work)
@@ -112,8 +109,7 @@ def compensate(
         errors = torch.empty_like(work[start:end])
         for column in range(start, end):
             value = found[column] = work[column]
-            point = None if points is None else points[column, :, None]
-            made = quantize(value[:, None], scales[column, :, None], alone, point).dequantize()
+            made = fits[column].codes(value[:, None], alone).dequantize()
             error = errors[column - start]
             torch.sub(value, made[:, 0], out=error).div_(factor[column, column])
             work[column + 1 : end].addr_(factor[column, column + 1 : end], error, alpha=-1)

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from qexport.grid import Scheme
 from qexport.quantize.activations import Seen, importance
 from qexport.quantize.fit import Fit, fit, fit_tensor
-from qexport.tensor import QuantizedTensor, quantize
+from qexport.quantize.kquant import fit_super_blocks
+from qexport.tensor import QuantizedTensor
 
 __all__ = ["Rounding", "nearest"]
 
@@ -22,7 +24,7 @@ class Rounding:
 
     def tensor(self) -> QuantizedTensor:
         """Codes and scales."""
-        return quantize(self.weight, self.fit.scale, self.scheme, self.fit.zeros)
+        return self.fit.codes(self.weight, self.scheme)
 
 
 def nearest(
@@ -30,5 +32,7 @@ def nearest(
 ) -> Rounding:
     """Round to nearest (RTN), by scales of least squared error: of outputs, where they are seen."""
     weights = None if seen is None else importance(seen.hessian)
-    found = (fit_tensor if per_tensor else fit)(weight, scheme, weights)
-    return Rounding(weight, found, scheme)
+    find = fit_tensor if per_tensor else fit
+    if scheme.super_block is not None and scheme.scale_dtype == torch.float32:
+        find = fit_super_blocks
+    return Rounding(weight, find(weight, scheme, weights), scheme)

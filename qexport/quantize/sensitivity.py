@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from qexport.errors import InputError
 from qexport.grid import Scheme
 from qexport.quantize.fit import fit
-from qexport.tensor import quantize
 
 __all__ = ["Losses", "measure", "widths_for"]
 
@@ -51,7 +50,7 @@ def measure(
         found[name] = {}
         for bits, scheme in choices:
             best = fit(weight, scheme, matters, coarse=True)
-            lost = quantize(weight, best.scale, scheme, best.zeros).dequantize() - weight
+            lost = best.codes(weight, scheme).dequantize() - weight
             rows = ((lost @ inputs[name]) * lost).sum(-1)
             # gradients are of the mean loss of a window: of its sum, length times as large
             found[name][bits] = 0.5 * float(rows @ slopes[name]) * windows.shape[1] ** 2 / count**2

@@ -18,7 +18,7 @@ from qexport.precision import autocast
 from qexport.quantize.fit import Fit
 from qexport.quantize.rounding import Rounding
 from qexport.ranks import summed, world_size
-from qexport.tensor import quantize, storable
+from qexport.tensor import storable
 
 __all__ = ["SignRoundOptions", "learn"]
 
@@ -170,7 +170,7 @@ class _Round(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, moves: Tensor, factors: Tensor, first: Rounding) -> Tensor:
         moved = _moved(first, moves, factors)
-        found = quantize(moved.weight, moved.fit.scale, first.scheme, moved.fit.zeros)
+        found = moved.tensor()
         ctx.save_for_backward(moved.weight, moved.fit.scale, found.codes)
         ctx.first = first
         return found.dequantize()

@@ -30,6 +30,7 @@ from qexport.output import write_json
 from qexport.paretoq import Gradient, effective_scale, initial_alpha
 from qexport.precision import autocast
 from qexport.quantize.activations import STAGES, importance, look
+from qexport.quantize.fit import Fit
 from qexport.quantize.gptq import Inputs, compensate
 from qexport.train.prepare import FakeQuantize, prepare
 
@@ -225,8 +226,8 @@ def _compensate(
             reader, master = chain[0], chain.original
             weights = importance(seen.hessian)
             reader.alpha.copy_(initial_alpha(master, reader.scheme, "mse", weights))
-            scale = effective_scale(reader.alpha, reader.scheme)
-            master.copy_(compensate(master, seen, scale, reader.scheme))
+            fit = Fit(effective_scale(reader.alpha, reader.scheme))
+            master.copy_(compensate(master, seen, fit, reader.scheme))
 
 
 def _train(

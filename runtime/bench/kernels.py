@@ -94,7 +94,7 @@ def random_weight(scheme: Scheme, shape: tuple[int, int], device: torch.device) 
     codes = torch.randint(0, scheme.grid.levels, shape, generator=dice, dtype=torch.uint8)
     scales = portable(torch.rand(groups, generator=dice) * 0.01 + 0.001).to(scheme.scale_dtype)
     zeros = None
-    if not scheme.symmetric:
+    if scheme.grid.zeros:
         zeros = torch.randint(0, scheme.grid.levels, groups, generator=dice, dtype=torch.uint8)
     return QuantizedTensor(
         codes.to(device), scales.to(device), scheme, None if zeros is None else zeros.to(device)

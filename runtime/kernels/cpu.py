@@ -92,6 +92,8 @@ class CpuKernel(Kernel):
         self._arena = Arena()
 
     def refuses_scheme(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        if not scheme.grid.uniform:
+            return f"{scheme.grid.name} is not a uniform grid"
         if scheme.group_size is not None and scheme.group_size % _PAD:
             return f"groups of {scheme.group_size} are no multiple of {_PAD}"
         return None

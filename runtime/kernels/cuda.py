@@ -40,6 +40,8 @@ class CudaKernel(Kernel):
     activations = (torch.float16, torch.bfloat16)
 
     def refuses_scheme(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        if not scheme.grid.uniform:
+            return f"{scheme.grid.name} is not a uniform grid"
         if scheme.grid.bits > MOST_BITS:
             return f"codes of {scheme.grid.bits} bits are more than {MOST_BITS}"
         if span_inputs(scheme.group_size, scheme.grid.bits) % 16:

@@ -75,6 +75,8 @@ class TritonKernel(Kernel):
     name = "triton"
 
     def refuses_scheme(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        if not scheme.grid.uniform:
+            return f"{scheme.grid.name} is not a uniform grid"
         if scheme.group_size is not None and scheme.group_size % 16:
             return f"groups of {scheme.group_size} are no multiple of 16"
         return None

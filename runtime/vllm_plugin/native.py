@@ -72,9 +72,16 @@ class NativeConfig(QuantizationConfig):
                 "native -o OUT` makes one that vLLM takes."
             )
         try:
-            return cls(modules_from_json(config))
+            modules = modules_from_json(config)
         except CheckpointError as error:
             raise ValueError(str(error)) from error
+        for name, (scheme, _) in modules.items():
+            if not scheme.grid.uniform:
+                raise ValueError(
+                    f"{name} is on the grid {scheme.grid.name}, which no kernel under vLLM takes; "
+                    "use qexport serve without --backend vllm."
+                )
+        return cls(modules)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Some of vLLM's models name their modules otherwise than the checkpoint."""
@@ -172,7 +179,7 @@ class NativeLinearMethod(LinearMethodBase):
         groups = (rows, scheme.groups(self._inputs))
         packed = (rows, bits.packed_bytes(self._inputs, scheme.grid.bits))
         found = {"qweight": (torch.uint8, packed), "scales": (scheme.scale_dtype, groups)}
-        if not scheme.symmetric:
+        if scheme.grid.zeros:
             found["zeros"] = (torch.uint8, groups)
         return found
 
@@ -248,7 +255,7 @@ class NativeLinearMethod(LinearMethodBase):
         if shard is None:
             return getattr(layer, f"weight_{index}").data  # type: ignore[no-any-return]
         codes = getattr(layer, f"qweight_{index}").data
-        zeros = getattr(layer, f"zeros_{index}").data if not shard.scheme.symmetric else None
+        zeros = getattr(layer, f"zeros_{index}").data if shard.scheme.grid.zeros else None
         return QuantizedTensor(
             bits.unpack(codes, shard.scheme.grid.bits, self._inputs),
             getattr(layer, f"scales_{index}").data,

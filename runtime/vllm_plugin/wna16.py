@@ -64,7 +64,7 @@ class QexportCpuKernel(MPLinearKernel):
         words, scales = getattr(layer, self.w_q_name), getattr(layer, self.w_s_name)
         width = scheme.grid.bits
         zeros = None
-        if not scheme.symmetric:
+        if scheme.grid.zeros:
             zero_words = getattr(layer, self.w_zp_name or "").data
             zeros = from_words(zero_words.t().contiguous(), width, out).t().contiguous()
         weight = QuantizedTensor(

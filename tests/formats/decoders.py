@@ -131,7 +131,20 @@ def ggml_q2_0(blocks: NDArray[np.uint8]) -> Matrix:
     return result
 
 
+def bitsandbytes(folder: Path, module: str) -> Matrix:
+    file = load_file(folder / "model.safetensors")
+    weight = f"{module}.weight"
+    state = json.loads(file[f"{weight}.quant_state.bitsandbytes__nf4"].tobytes())
+    assert state["quant_type"] == config_of(folder)["bnb_4bit_quant_type"] == "nf4"
+    packed = file[weight].ravel()
+    codes = np.stack((packed >> 4, packed & 15), axis=1).ravel()
+    values = file[f"{weight}.quant_map"][codes].reshape(-1, state["blocksize"])
+    made: Matrix = (values * file[f"{weight}.absmax"][:, None]).reshape(state["shape"])
+    return made
+
+
 DECODERS = {
+    "bitsandbytes": bitsandbytes,
     "gptq": gptq,
     "gptq_v2": gptq,
     "awq": awq,

@@ -22,10 +22,17 @@ def tensor(grid: str, out: int, inputs: int, group: int | None, seed: int = 0) -
     codes = torch.randint(0, levels, (out, inputs), generator=generator).to(torch.uint8)
     scales = portable(torch.rand(out, groups, generator=generator) + 0.01).half()
     zeros = None
-    if not scheme.symmetric:
+    if scheme.grid.zeros:
         # from 1: version 1 of GPTQ has no zero point of 0
         zeros = torch.randint(1, levels, (out, groups), generator=generator).to(torch.uint8)
-    return QuantizedTensor(codes, scales, scheme, zeros)
+    minima = torch.rand(out, groups, generator=generator) if scheme.grid.minima else None
+    return QuantizedTensor(codes, scales, scheme, zeros, minima)
+
+
+def taken_by(form: str) -> tuple[str, int | None]:
+    """A grid and a group that a format takes: what ours are, where it does."""
+    own = {"int-quantized": ("int8", None), "bitsandbytes": ("nf4", 64)}
+    return own.get(form, ("seq2", 32))
 
 
 def checkpoint(folder: Path, tensors: Tensors, config: dict[str, Any] | None = None) -> Checkpoint:

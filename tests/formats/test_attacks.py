@@ -15,7 +15,7 @@ from qexport.errors import CheckpointError
 from qexport.formats import FORMATS, Options, detect, open_checkpoint
 from qexport.formats.gguf.container import GgufFile
 from qexport.formats.pack import pack
-from tests.formats.models import decoder_layer
+from tests.formats.models import decoder_layer, taken_by
 from tests.fuzz import fuzz
 
 SAFETENSORS = sorted(set(FORMATS) - {"gguf"})
@@ -109,7 +109,7 @@ def test_gguf_scales_that_are_not_finite(tiny_model: Path, tmp_path: Path, scale
 
 
 def packed(tiny_model: Path, folder: Path, form: str) -> Path:
-    grid, group = ("int8", None) if form == "int-quantized" else ("seq2", 32)
+    grid, group = taken_by(form)
     pack(decoder_layer(tiny_model, grid, 64, group), FORMATS[form], folder, Options())
     return folder
 
@@ -129,6 +129,7 @@ def change(folder: Path, **tensors: Callable[[torch.Tensor], torch.Tensor]) -> N
 def test_scales_that_are_nothing(tiny_model: Path, tmp_path: Path, form: str, value: float) -> None:
     folder = packed(tiny_model, tmp_path / "out", form)
     named = "scales" if form in ("native", "gptq", "gptq_v2", "awq") else "weight_scale"
+    named = "weight.absmax" if form == "bitsandbytes" else named
     change(folder, **{named: lambda t: torch.cat((t[:-1], torch.full_like(t[-1:], value)))})
     with pytest.raises(CheckpointError, match="a scale that is zero or not finite"):
         open_checkpoint(folder).quantized("model.layers.0.mlp.down_proj.weight")
@@ -158,7 +159,7 @@ def test_tensors_cut_short(tiny_model: Path, tmp_path: Path, form: str) -> None:
     folder = packed(tiny_model, tmp_path / "out", form)
     first = {"native": "qweight", "gptq": "qweight", "gptq_v2": "qweight", "awq": "qweight"}
     named = first.get(form, "weight_packed" if form == "compressed-tensors" else "weight")
-    change(folder, **{named: lambda t: t[:, :-1]})
+    change(folder, **{named: lambda t: t[:-1] if t.shape[1] == 1 else t[:, :-1]})
     with pytest.raises(CheckpointError):
         open_checkpoint(folder)
 

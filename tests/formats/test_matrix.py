@@ -20,7 +20,7 @@ from qexport.formats.pack import pack
 from qexport.formats.table import TABLE_GRIDS
 from qexport.grid import Scheme
 from tests.formats import decoders
-from tests.formats.models import decoder_layer
+from tests.formats.models import decoder_layer, taken_by
 from tests.formats.test_native import spec_decode
 
 GRIDS = [grid.name for grid in TABLE_GRIDS]
@@ -168,7 +168,7 @@ def test_a_bound_is_kept_and_needs_leave(tiny_model: Path, tmp_path: Path) -> No
 
 def test_each_is_recognised_by_its_files(tiny_model: Path, tmp_path: Path) -> None:
     for name, form in FORMATS.items():
-        grid, group = ("int8", None) if name == "int-quantized" else ("seq2", 32)
+        grid, group = taken_by(name)
         pack(decoder_layer(tiny_model, grid, 64, group), form, tmp_path / name)
         assert detect(tmp_path / name) is form
         assert open_checkpoint(tmp_path / name).layout == name

@@ -44,11 +44,18 @@ def spec_decode(folder: Path, module: str) -> NDArray[np.float32]:
         for i in range(inputs):
             code = (stream >> (group["bits"] * i)) & ((1 << group["bits"]) - 1)
             assert code < group["levels"]
+            scale = np.float32(scales[o, i // size])
+            if "values" in group:
+                values[o, i] = scale * np.float32(group["values"][code])
+                continue
+            if group.get("minima"):
+                values[o, i] = np.float32(code) * scale - file[f"{module}.minima"][o, i // size]
+                continue
             if group["zero_point"] is None:
                 zero = np.float32(file[f"{module}.zeros"][o, i // size])
             else:
                 zero = np.float32(group["zero_point"])
-            values[o, i] = np.float32(scales[o, i // size]) * (np.float32(code) - zero)
+            values[o, i] = scale * (np.float32(code) - zero)
     return values
 
 
@@ -88,8 +95,9 @@ def test_bits_per_weight_is_what_is_on_disk(tmp_path: Path) -> None:
         source = checkpoint(tmp_path, {"a.weight": tensor(grid, 16, 64, 32)})
         report = pack(source, NATIVE, tmp_path / grid)
         scheme = source.modules["a"][0]
-        zeros = 0 if scheme.symmetric else 8 - scheme.grid.bits  # whole bytes in this layout
-        assert report.bits_per_weight == scheme.bits_per_weight(64) + zeros / 32
+        zeros = 8 - scheme.grid.bits if scheme.grid.zeros else 0  # whole bytes in this layout
+        minima = 32 if scheme.grid.minima else 0
+        assert report.bits_per_weight == scheme.bits_per_weight(64) + (zeros + minima) / 32
 
 
 def test_golden_bytes(tmp_path: Path) -> None:

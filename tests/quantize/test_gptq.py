@@ -62,7 +62,9 @@ def surgery(
     ],
     ids=["default", "in order", "blocks of 48", "damped"],
 )
-@pytest.mark.parametrize("grid", ["ternary", "seq2", "int3", "int4", "int8", "uint2", "uint4"])
+@pytest.mark.parametrize(
+    "grid", ["ternary", "seq2", "int3", "int4", "int8", "uint2", "uint4", "nf4"]
+)
 @pytest.mark.parametrize("group", [None, 32])
 def test_it_is_optimal_brain_surgery(grid: str, group: int | None, options: GptqOptions) -> None:
     """Code for code in float64; in float32 but for what is near a boundary."""
@@ -77,7 +79,7 @@ def test_it_is_optimal_brain_surgery(grid: str, group: int | None, options: Gptq
         return quantize(made, found.scale, scheme, found.zeros).codes
 
     wanted = codes(surgery(weight, hessian, found, scheme, options))
-    rest = (found.scale, scheme, found.zeros, options.block_size)
+    rest = (found, scheme, options.block_size)
     assert torch.equal(codes(compensate(weight.double(), prepared, *rest)), wanted)
     assert (codes(compensate(weight, prepared, *rest)) != wanted).float().mean() < 0.01
 
@@ -110,7 +112,7 @@ def test_inputs_that_are_never_active() -> None:
     x[:, 5] = 0
     weight = torch.randn(4, 32)
     scale = fit(weight, scheme).scale
-    found = compensate(weight, Inputs.of(x.T @ x), scale, scheme)
+    found = compensate(weight, Inputs.of(x.T @ x), Fit(scale), scheme)
     assert bool(found.isfinite().all())
     codes = quantize(found, scale, scheme).codes
     assert torch.equal(codes[:, 5], quantize(weight, scale, scheme).codes[:, 5])
@@ -131,7 +133,7 @@ def test_damping_grows_where_there_is_too_little() -> None:
     x = inputs(4, 64)
     weight = torch.randn(8, 64)
     scale = fit(weight, scheme).scale
-    assert bool(compensate(weight, Inputs.of(x.T @ x), scale, scheme).isfinite().all())
+    assert bool(compensate(weight, Inputs.of(x.T @ x), Fit(scale), scheme).isfinite().all())
     with pytest.raises(QexportError, match="more calibration text"):
         Inputs.of(torch.full((64, 64), float("nan")))
 

@@ -43,7 +43,7 @@ def weight(
     codes = torch.randint(0, grid.levels, shape, generator=generator, dtype=torch.uint8)
     scales = portable(torch.rand(groups, generator=generator) * 0.1 + 0.001).to(dtype)
     zeros = torch.randint(0, grid.levels, groups, generator=generator, dtype=torch.uint8)
-    return QuantizedTensor(codes, scales, scheme, None if scheme.symmetric else zeros)
+    return QuantizedTensor(codes, scales, scheme, zeros if scheme.grid.zeros else None)
 
 
 def fits(shape: tuple[int, int], group: int | None) -> bool:
@@ -63,7 +63,9 @@ def int8_bound(held: QuantizedTensor, x: Tensor) -> Tensor:
     return steps.double() @ held.dequantize().double().abs().T * 1.001 + 1e-5
 
 
-@pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda grid: grid.name)
+@pytest.mark.parametrize(
+    "grid", [grid for grid in GRIDS.values() if grid.uniform], ids=lambda grid: grid.name
+)
 def test_every_grid_and_shape(isa: str, grid: Grid) -> None:
     exact, fast = CpuKernel(exact=True), CpuKernel()
     for shape in SHAPES:

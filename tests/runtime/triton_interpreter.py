@@ -27,7 +27,7 @@ def random_weight(grid: str, group: int | None, shape: tuple[int, int]) -> Quant
     codes = torch.randint(0, levels, shape, dtype=torch.uint8, generator=generator)
     scales = portable(torch.rand(rows, groups, generator=generator) * 0.1 + 0.001).half()
     zeros = torch.randint(0, levels, (rows, groups), dtype=torch.uint8, generator=generator)
-    return QuantizedTensor(codes, scales, scheme, None if scheme.symmetric else zeros)
+    return QuantizedTensor(codes, scales, scheme, zeros if scheme.grid.zeros else None)
 
 
 def check(weight: QuantizedTensor, x: Tensor, bias: Tensor | None) -> None:

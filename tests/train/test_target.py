@@ -13,6 +13,7 @@ from qexport.errors import CheckpointError
 from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.base import Options
 from qexport.formats.gguf.blocks import BLOCKS
+from qexport.formats.gguf.k_blocks import SuperBlocked
 from qexport.formats.pack import pack
 from qexport.formats.verify import verify
 from qexport.grid import INT4, SUPER_BLOCKS, Scheme
@@ -48,7 +49,7 @@ def test_scales_are_multiples_and_portable(
     d, multiples = factors(found.half().view(3, 2, 16), block)
     assert torch.equal((d.unsqueeze(-1) * multiples).view(3, 32), found)
     assert int(multiples.min()) >= 1 and int(multiples.max()) <= block.most
-    for part in (d, 1.5 * d):
+    for part in (d, 1.5 * d) if name == "Q2_K" else (d,):
         assert torch.equal(part.half().float(), part)
 
 
@@ -58,7 +59,7 @@ def test_ordinary_scales_lose_little(name: str) -> None:
     scale = torch.rand(64, 64) * 0.5 + 0.5
     block = SUPER_BLOCKS[name]
     error = (shared(scale, block) - scale).abs() / scale
-    assert float(error.max()) < 1 / block.most + 2.0**-block.digits
+    assert float(error.max()) < 1 / block.most + 2.0 ** (block.most.bit_length() - 8)
     assert float(error.mean()) < {"Q2_K": 0.05, "Q3_K": 0.06}[name]
 
 
@@ -71,7 +72,8 @@ def test_bytes_say_what_was_trained(name: str) -> None:
     tensor = quantize(weight, scale, scheme)
     block = BLOCKS[name]
     codes, scales = tensor.codes.view(8, 2, 256), tensor.scales.view(8, 2, 16)
-    raw = block.encode(scheme.grid, codes, scales, None)
+    assert isinstance(block, SuperBlocked)
+    raw = block.encode_super(SUPER_BLOCKS[name], codes, scales, None)
     assert raw.shape == (8, 2, block.bytes)
     assert torch.equal(block.decode(raw).dequantize(), tensor.dequantize())
 
@@ -85,7 +87,9 @@ def test_gguf_py_reads_the_same_values() -> None:
             weight, effective_scale(initial_alpha(weight, scheme, "mse"), scheme), scheme
         )
         codes, scales = tensor.codes.view(4, 1, 256), tensor.scales.view(4, 1, 16)
-        raw = BLOCKS[name].encode(scheme.grid, codes, scales, None)
+        block = BLOCKS[name]
+        assert isinstance(block, SuperBlocked)
+        raw = block.encode_super(SUPER_BLOCKS[name], codes, scales, None)
         kind = gguf.GGMLQuantizationType[name]
         values = torch.from_numpy(gguf.dequantize(raw.view(4, -1).numpy(), kind))
         assert torch.equal(values, tensor.dequantize())

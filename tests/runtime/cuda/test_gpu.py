@@ -65,7 +65,7 @@ def random_weight(name: str, group: int | None, shape: tuple[int, int]) -> Quant
     codes = torch.randint(0, levels, shape, dtype=torch.uint8, **options)  # type: ignore[call-overload]
     scales = (torch.rand(groups, **options) * 0.05 + 0.005).half()  # type: ignore[call-overload]
     zeros = None
-    if not scheme.symmetric:
+    if scheme.grid.zeros:
         zeros = torch.randint(0, levels, groups, dtype=torch.uint8, **options)  # type: ignore[call-overload]
     return QuantizedTensor(codes, scales, scheme, zeros)
 

@@ -53,7 +53,7 @@ def random_weight(case: Case, shape: tuple[int, int]) -> QuantizedTensor:
     codes = torch.randint(0, scheme.grid.levels, shape, dtype=torch.uint8, generator=generator)
     scales = (torch.rand(groups, generator=generator) * 0.1 + 0.01).to(dtype)
     zeros = None
-    if not scheme.symmetric:
+    if scheme.grid.zeros:
         zeros = torch.randint(0, scheme.grid.levels, groups, dtype=torch.uint8, generator=generator)
     return QuantizedTensor(codes, scales, scheme, zeros)
 
