@@ -14,6 +14,7 @@ Every row is recorded as soon as it is there, and is not made again (remove it f
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -108,7 +109,11 @@ def gptqmodel(scheme: str) -> dict[str, float]:
     python = ROOT / ".venv-oracle" / "bin" / "python"
     arguments = [fetch(), windows, bits, group_size, "sym" if sym else "asym", out]
     command = [python, ROOT / "benchmarks" / "gptqmodel_worker.py", *arguments]
-    found = subprocess.run([*map(str, command)], check=True, stdout=subprocess.PIPE, text=True)
+    # on two cores it gives itself one worker, and then asks that one for two
+    workers = {**os.environ, "GPTQMODEL_CPU_WORKERS": str(max(2, os.cpu_count() or 2))}
+    found = subprocess.run(
+        [*map(str, command)], check=True, stdout=subprocess.PIPE, text=True, env=workers
+    )
     return {**json.loads(found.stdout.splitlines()[-1]), **measured(out)}
 
 

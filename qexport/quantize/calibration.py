@@ -1,7 +1,7 @@
 """The text that a model is shown while it is quantized."""
 
 from collections.abc import Callable
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ def calibration_windows(
     assert config.calibration is not None
     wanted = config.samples * config.length
     texts = documents(config.calibration, "calibration", tokenizer)
+    if config.calibration == "builtin":  # whose own split for this is a few thousand tokens
+        texts = chain(texts, documents("builtin", "train", tokenizer))
     parts: list[Tensor] = []
     while sum(map(len, parts)) < 8 * wanted:
         batch = list(islice(texts, _DOCUMENTS))
