@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qexport.checkpoint import Checkpoint
+from qexport.errors import QexportError
 from qexport.modelling import meta_model
 from qexport.tensor import QuantizedTensor
 
@@ -120,20 +121,44 @@ def _trim() -> None:
 
 
 class Stream:
-    """Activations [n, length, hidden] in a file that is mapped: what is not used stays on disk."""
+    """Activations [n, length, hidden] in a file, read and written some windows at a time.
+
+    They are not mapped into memory: what has been touched of a mapping counts as the process's own.
+    """
 
     def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-        self._data = torch.from_file(
-            str(path), shared=True, size=math.prod(shape), dtype=dtype
-        ).view(shape)
+        self._path, self._dtype, self._window = path, dtype, shape[1:]
+        self._bytes = math.prod(self._window) * dtype.itemsize
+        size = shape[0] * self._bytes
+        if not path.exists() or path.stat().st_size != size:
+            with path.open("wb") as file:
+                file.truncate(size)
 
     def read(self, rows: Tensor | slice, device: torch.device) -> Tensor:
         """Float32 [rows, length, hidden]."""
-        return self._data[rows].to(device).float()
+        return self.stored(rows).to(device).float()
+
+    def stored(self, rows: Tensor | slice) -> Tensor:
+        """The same in the file's dtype."""
+        spans = [rows] if isinstance(rows, slice) else [slice(n, n + 1) for n in rows.tolist()]
+        count = sum(span.stop - span.start for span in spans)
+        found = torch.empty(count, *self._window, dtype=self._dtype)
+        raw: memoryview = found.view(torch.uint8).flatten().numpy().data
+        with self._path.open("rb") as file:
+            for span in spans:
+                size = (span.stop - span.start) * self._bytes
+                file.seek(span.start * self._bytes)
+                if file.readinto(raw[:size]) != size:
+                    raise QexportError(f"{self._path} is shorter than it was; start again.")
+                raw = raw[size:]
+        return found
 
     def write(self, rows: slice, values: Tensor) -> None:
         """Rounded to the file's dtype."""
-        self._data[rows] = values.to(self._data.dtype).cpu()
+        stored = values.detach().to(self._dtype).cpu().contiguous()
+        with self._path.open("r+b") as file:
+            file.seek(rows.start * self._bytes)
+            file.write(stored.view(torch.uint8).flatten().numpy().data)
 
 
 def relative_errors(made: Tensor, wanted: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 """What the layers of a block see of the calibration text, and errors of their outputs by it."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +13,9 @@ from torch import Tensor, nn
 from qexport.blocks import Blocks, Stream
 from qexport.errors import QexportError
 from qexport.precision import autocast
-from qexport.ranks import largest, summed
+from qexport.ranks import largest, rank, summed
 
-__all__ = ["STAGES", "Seen", "importance", "look", "output_error"]
+__all__ = ["STAGES", "Passage", "Seen", "importance", "output_error"]
 
 STAGES = (  # layers that have the same inputs, in the order in which they run
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -21,6 +23,9 @@ STAGES = (  # layers that have the same inputs, in the order in which they run
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
+
+
+_TILE = 384  # columns
 
 
 @dataclass(frozen=True)
@@ -39,59 +44,155 @@ class _Enough(Exception):  # noqa: N818  # not an error: the rest of a forward p
     pass
 
 
-@torch.no_grad()
-def look(
-    blocks: Blocks,
-    index: int,
-    block: nn.Module,
-    names: Sequence[str],
-    inputs: Stream,
-    rows: Sequence[slice],
-    precision: str,
-) -> dict[str, Seen]:
-    """What each layer named sees when batches `rows` of the block's inputs pass through it.
+class Passage:
+    """A decoder block and the text that passes through it.
 
-    No more of the block is run than its last layer named needs. Of several processes each has text
-    of its own, and all are told of the whole. Raises QexportError for inputs that
-    are not finite.
+    inputs   of the block
+    rows     batches of windows, in order
+    kept     a folder for inputs of layers that are settled, see `look`
     """
-    device = next(block.parameters()).device
-    layers: dict[str, Any] = {name: block.get_submodule(name) for name in names}
-    found = {
-        name: Seen(
-            torch.zeros(layer.in_features, layer.in_features, device=device),
-            torch.zeros(layer.in_features, device=device),
-        )
-        for name, layer in layers.items()
-    }
 
-    def watch(name: str, last: bool) -> Any:
-        def add(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-            seen = given[0].flatten(0, -2).float()
-            found[name].hessian.addmm_(seen.T, seen)
-            found[name].largest.copy_(torch.maximum(found[name].largest, seen.abs().amax(0)))
-            if last:
-                raise _Enough
+    def __init__(
+        self,
+        blocks: Blocks,
+        index: int,
+        block: nn.Module,
+        inputs: Stream,
+        rows: Sequence[slice],
+        precision: str,
+        kept: Path | None = None,
+    ) -> None:
+        self.block = block
+        self.name = blocks.name(index)
+        self.count = rows[-1].stop
+        self.device = next(block.parameters()).device
+        self.index = index
+        self._blocks = blocks
+        self._inputs, self._rows, self._precision = inputs, rows, precision
+        self._kept = kept
+        self._settled: dict[str, Stream] = {}  # by a layer's name
 
-        return layers[name].register_forward_pre_hook(add)
+    def run(self, rows: slice | Tensor) -> Tensor:
+        """The block's output for some windows: [rows, length, hidden]."""
+        with autocast(self._precision, self.device):
+            hidden = self._inputs.read(rows, self.device)
+            return self._blocks.run(self.index, self.block, hidden)
 
-    hooks = [watch(name, name == names[-1]) for name in names]
-    try:
-        for part in rows:
-            with contextlib.suppress(_Enough), autocast(precision, device):
-                blocks.run(index, block, inputs.read(part, device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for name, seen in found.items():
-        summed(seen.hessian)
-        largest(seen.largest)
-        if not bool(seen.hessian.diagonal().isfinite().all()):
-            raise QexportError(
-                f"the inputs of {blocks.name(index)}{name} are not finite (NaN or infinite); check "
-                "the model, or choose --precision fp32."
+    def outputs(self) -> Iterator[tuple[slice, Tensor]]:
+        """Of all windows, a batch at a time."""
+        for rows in self._rows:
+            with self._shortened(rows):
+                yield rows, self.run(rows)
+
+    @torch.no_grad()
+    def write(self, outputs: Stream) -> None:
+        """Put what comes out of the block into another stream."""
+        for rows, made in self.outputs():
+            outputs.write(rows, made)
+
+    @torch.no_grad()
+    def look(self, names: Sequence[str], *, settled: bool = False) -> dict[str, Seen]:
+        """What each layer named sees.
+
+        No more of the block is run than its last layer needs. Of several processes each has text of
+        its own, and all are told of the whole. Where all that comes before the layer named is
+        `settled`, its inputs are kept, and later passes begin with them if it ends a part of the
+        block. Raises QexportError for inputs that are not finite.
+        """
+        layers: dict[str, Any] = {name: self.block.get_submodule(name) for name in names}
+        found = {
+            name: Seen(
+                torch.zeros(layer.in_features, layer.in_features, device=self.device),
+                torch.zeros(layer.in_features, device=self.device),
             )
-    return found
+            for name, layer in layers.items()
+        }
+        keeps = settled and self._kept is not None and names[-1] in _ENDS
+        rows, kept = self._rows[0], dict[str, Stream]()
+
+        def watch(name: str, last: bool) -> Any:
+            def add(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+                seen = given[0].flatten(0, -2).float()
+                _add_outer(found[name].hessian, seen)
+                found[name].largest.copy_(torch.maximum(found[name].largest, seen.abs().amax(0)))
+                if last and keeps:
+                    if name not in kept:
+                        kept[name] = self._stream(name, given[0])
+                    kept[name].write(rows, given[0])
+                if last:
+                    raise _Enough
+
+            return layers[name].register_forward_pre_hook(add)
+
+        hooks = [watch(name, name == names[-1]) for name in names]
+        try:
+            for rows in self._rows:
+                with contextlib.suppress(_Enough), self._shortened(rows):
+                    self.run(rows)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._settled |= kept  # not before: this pass had to be made whole
+        for name, seen in found.items():
+            seen.hessian.copy_(seen.hessian.triu() + seen.hessian.triu(1).T)
+            summed(seen.hessian)
+            largest(seen.largest)
+            if not bool(seen.hessian.diagonal().isfinite().all()):
+                raise QexportError(
+                    f"the inputs of {self.name}{name} are not finite (NaN or infinite); check the "
+                    "model, or choose --precision fp32."
+                )
+        return found
+
+    def forget(self) -> None:
+        """Begin passes with the block's inputs again: layers are about to change."""
+        self._settled.clear()
+
+    def _stream(self, name: str, inputs: Tensor) -> Stream:
+        """For a layer's inputs, of which these [n, length, in] are some."""
+        assert self._kept is not None
+        shape = (self.count, inputs.shape[1], inputs.shape[2])
+        return Stream(self._kept / f"{name}-{rank()}.bin", shape, inputs.dtype)
+
+    @contextlib.contextmanager
+    def _shortened(self, rows: slice) -> Iterator[None]:
+        """Let attention and MLP be no more than their last layers, where their inputs are kept."""
+        with contextlib.ExitStack() as stack:
+            for name, stream in self._settled.items():
+                parent, last = _ENDS[name]
+                module: Any = self.block.get_submodule(parent)
+                layer = self.block.get_submodule(name)
+                module.forward = partial(last, layer, partial(stream.stored, rows), self.device)
+                stack.callback(delattr, module, "forward")
+            yield
+
+
+def _end_of_attention(
+    layer: nn.Module, inputs: Callable[[], Tensor], device: torch.device, *_: Any, **__: Any
+) -> tuple[Tensor, None]:
+    """What attention gives back in transformers: its output, and no weights."""
+    return layer(inputs().to(device)), None
+
+
+def _end_of_mlp(
+    layer: nn.Module, inputs: Callable[[], Tensor], device: torch.device, *_: Any, **__: Any
+) -> Tensor:
+    made: Tensor = layer(inputs().to(device))
+    return made
+
+
+# the last layers of a block's two parts, which alone their inputs are for
+_ENDS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "self_attn.o_proj": ("self_attn", _end_of_attention),
+    "mlp.down_proj": ("mlp", _end_of_mlp),
+}
+
+
+def _add_outer(hessian: Tensor, seen: Tensor) -> None:
+    """X^T X onto `hessian` [in, in], above its diagonal and in tiles upon it: it is symmetric."""
+    for start in range(0, len(hessian), _TILE):
+        rows = slice(start, min(start + _TILE, len(hessian)))
+        hessian[rows, start:].addmm_(seen[:, rows].T, seen[:, start:])
 
 
 def importance(hessian: Tensor) -> Tensor:

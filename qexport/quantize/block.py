@@ -1,17 +1,17 @@
 """One decoder block, from dense to quantized: what a method does, in which order."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qexport.blocks import Blocks, Stream
+from qexport.blocks import Stream
 from qexport.errors import QexportError
 from qexport.grid import Scheme
-from qexport.quantize.activations import STAGES, Seen, look, output_error
+from qexport.quantize.activations import STAGES, Passage, Seen, output_error
 from qexport.quantize.awq import awq_factors
 from qexport.quantize.config import METHODS, QuantizeConfig
 from qexport.quantize.equalize import fold, tie
@@ -21,22 +21,7 @@ from qexport.quantize.signround import learn
 from qexport.quantize.smooth import smooth_factors
 from qexport.tensor import QuantizedTensor
 
-__all__ = ["Activations", "Result", "quantize_block"]
-
-
-@dataclass(frozen=True)
-class Activations:
-    """Streams of the calibration text.
-
-    inputs    of the block, as the blocks before it make them
-    targets   what the dense block makes of dense inputs; None where nothing is learned from them
-    rows      batches of windows
-    """
-
-    inputs: Stream
-    targets: Stream | None
-    rows: Sequence[slice]
-    precision: str
+__all__ = ["Result", "quantize_block"]
 
 
 @dataclass(frozen=True)
@@ -55,14 +40,18 @@ class Result:
 
 def quantize_block(
     config: QuantizeConfig,
-    blocks: Blocks,
-    index: int,
+    name: str,
     block: nn.Module,
     schemes: Mapping[str, Scheme],
     stored: torch.dtype,
-    text: Activations | None,
+    passage: Passage | None,
+    targets: Stream | None,
 ) -> Result:
     """Quantize the layers of `block` that have `schemes`; it has their values afterwards.
+
+    name      of the block, with a dot at its end
+    passage   of the calibration text, where there is some
+    targets   what the dense block makes of dense inputs, where something is learned from that
 
     Dense parameters that change are rounded to `stored`. Raises QexportError for inputs that are
     not finite, or that say too little.
@@ -70,35 +59,32 @@ def quantize_block(
     method = METHODS[config.method]
     changed: list[str] = []
     if method.scaling != "none":
-        assert text is not None
-        changed = _equalize(config, blocks, index, block, schemes, stored, text)
-    roundings, report = _round(config, blocks, index, block, schemes, text)
+        assert passage is not None
+        changed = _equalize(config, block, schemes, stored, passage)
+    roundings, report = _round(config, name, block, schemes, passage)
     if method.learned:
-        assert text is not None
-        assert text.targets is not None
-        how = (text.inputs, text.targets, text.rows, text.precision, config.signround, config.seed)
-        roundings, before, after = learn(blocks, index, block, roundings, *how)
+        assert passage is not None
+        assert targets is not None
+        passage.forget()
+        roundings, before, after = learn(passage, roundings, targets, config.signround, config.seed)
         report["block"] = {"error": after, "error_before": before}
     parameters = dict(block.named_parameters())
     return Result(
-        {name: rounding.tensor() for name, rounding in roundings.items()},
-        {name: parameters[name].detach().to(stored) for name in changed},
+        {layer: rounding.tensor() for layer, rounding in roundings.items()},
+        {layer: parameters[layer].detach().to(stored) for layer in changed},
         report,
     )
 
 
 def _equalize(
     config: QuantizeConfig,
-    blocks: Blocks,
-    index: int,
     block: nn.Module,
     schemes: Mapping[str, Scheme],
     stored: torch.dtype,
-    text: Activations,
+    passage: Passage,
 ) -> list[str]:
     """Fold factors into the dense block; returns parameters that have changed."""
-    names = [stage[0] for stage in STAGES]
-    seen = look(blocks, index, block, names, text.inputs, text.rows, text.precision)
+    seen = passage.look([stage[0] for stage in STAGES])
     changed: list[str] = []
     for stage in STAGES:
         tied = tie(block, stage[0])
@@ -118,24 +104,23 @@ def _equalize(
 
 def _round(
     config: QuantizeConfig,
-    blocks: Blocks,
-    index: int,
+    prefix: str,
     block: nn.Module,
     schemes: Mapping[str, Scheme],
-    text: Activations | None,
+    passage: Passage | None,
 ) -> tuple[dict[str, Rounding], dict[str, dict[str, Any]]]:
     """Layer by layer; each sees what the ones before it have become, if that is asked for."""
     found: dict[str, Rounding] = {}
     report: dict[str, dict[str, Any]] = {}
     seen: dict[str, Seen] = {}
-    prefix = blocks.name(index)
     for stage in STAGES:
         mine = [name for name in stage if name in schemes]
         if not mine:
             continue
-        if text is not None and stage[0] not in seen:
-            wanted = [stage[0]] if config.true_sequential else [names[0] for names in STAGES]
-            seen = look(blocks, index, block, wanted, text.inputs, text.rows, text.precision)
+        if passage is not None and config.true_sequential:
+            seen = passage.look([stage[0]], settled=True)
+        elif passage is not None and not seen:
+            seen = passage.look([names[0] for names in STAGES])
         by_gptq = [name for name in mine if config.rounding_of(prefix + name) == "gptq"]
         inputs = _inputs(config, prefix + stage[0], seen[stage[0]]) if by_gptq else None
         for name in mine:

@@ -25,9 +25,9 @@ from qexport.grid import Scheme
 from qexport.layers import quantized_modules
 from qexport.modelling import build_model, load_tokenizer, meta_model
 from qexport.output import disk_errors, mark, write_json
-from qexport.precision import autocast, precision_of
-from qexport.quantize.activations import STAGES
-from qexport.quantize.block import Activations, quantize_block
+from qexport.precision import precision_of
+from qexport.quantize.activations import STAGES, Passage
+from qexport.quantize.block import quantize_block
 from qexport.quantize.calibration import calibration_windows
 from qexport.quantize.config import METHODS, QuantizeConfig
 from qexport.quantize.sensitivity import measure, widths_for
@@ -227,19 +227,17 @@ class _Quantizer:
             if module.startswith(prefix)
         }
         block = self._blocks.make(index)
-        text = None
+        passage = targets = None
         if self._windows is not None:
-            targets = None
+            passage = self._passage("quantized", index, block)
             if "dense" in self._kinds:
-                self._advance(index, block, "dense")
                 targets = self._stream("dense", index + 1)
-            inputs = self._stream("quantized", index)
-            text = Activations(inputs, targets, self._rows, self._precision)
+                self._passage("dense", index, block).write(targets)
         result = quantize_block(
-            self._config, self._blocks, index, block, schemes, self._job.stored, text
+            self._config, prefix, block, schemes, self._job.stored, passage, targets
         )
-        if text is not None and index + 1 < len(self._blocks):
-            self._advance(index, block, "quantized")
+        if passage is not None and index + 1 < len(self._blocks):
+            passage.write(self._stream("quantized", index + 1))
         tensors = {prefix + name: value for name, value in result.dense.items()}
         for name, tensor in result.layers.items():
             tensors |= code_tensors(prefix + name, tensor)
@@ -266,6 +264,11 @@ class _Quantizer:
         count, length = self._windows.shape
         return Stream(self._path(kind, index), (count, length, self._blocks.width), _STREAM)
 
+    def _passage(self, kind: str, index: int, block: nn.Module) -> Passage:
+        inputs = self._stream(kind, index)
+        how = (inputs, self._rows, self._precision, self._folder)
+        return Passage(self._blocks, index, block, *how)
+
     def _path(self, kind: str, index: int) -> Path:
         return self._folder / f"{kind}-{index}-{rank()}.bin"
 
@@ -277,15 +280,6 @@ class _Quantizer:
                 for rows in self._rows:
                     stream.write(rows, self._blocks.embed(windows[rows]))
             self._blocks.forget_embeddings()
-
-    @torch.no_grad()
-    def _advance(self, index: int, block: nn.Module, kind: str) -> None:
-        """Run a stream of the text through a block."""
-        inputs, outputs = self._stream(kind, index), self._stream(kind, index + 1)
-        for rows in self._rows:
-            with autocast(self._precision, self._device):
-                made = self._blocks.run(index, block, inputs.read(rows, self._device))
-            outputs.write(rows, made)
 
 
 def _done(folder: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ the signs of their gradients say which way, at a rate that falls to nothing. Beg
 GPTQ has found, and where learning has not made a block's output better, that is kept.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from qexport.blocks import Blocks, Stream, lost_share, relative_errors
-from qexport.precision import autocast
+from qexport.blocks import Stream, lost_share, relative_errors
+from qexport.quantize.activations import Passage
 from qexport.quantize.fit import Fit
 from qexport.quantize.rounding import Rounding
 from qexport.ranks import summed, world_size
@@ -37,23 +37,18 @@ class SignRoundOptions:
 
 
 def learn(
-    blocks: Blocks,
-    index: int,
-    block: nn.Module,
+    passage: Passage,
     roundings: Mapping[str, Rounding],
-    inputs: Stream,
     targets: Stream,
-    rows: Sequence[slice],
-    precision: str,
     options: SignRoundOptions,
     seed: int,
 ) -> tuple[dict[str, Rounding], float, float]:
     """Better roundings of a block's layers, and the block's error before and after.
 
-    The block's `inputs` are what the blocks before make of the text, `targets` what the dense
-    model's own block makes of its own inputs. The block's weights are left as it would have them.
+    What passes is what the blocks before make of the text, `targets` what the dense model's own
+    block makes of its own inputs. The block's weights are left as it would have them.
     """
-    readers = {}
+    block, readers = passage.block, {}
     for name, rounding in roundings.items():
         readers[name] = _Learned(rounding)
         layer: Any = block.get_submodule(name)
@@ -61,11 +56,11 @@ def learn(
     for parameter in block.parameters():
         parameter.requires_grad = False
     moved = [p for reader in readers.values() for p in reader.parameters()]
-    before = _error(blocks, index, block, inputs, targets, rows, precision)
+    before = _error(passage, targets)
     for parameter in moved:
         parameter.requires_grad = True
-    _descend(blocks, index, block, readers, inputs, targets, rows, precision, options, seed)
-    after = _error(blocks, index, block, inputs, targets, rows, precision)
+    _descend(passage, readers, targets, options, seed)
+    after = _error(passage, targets)
     better = after < before
     found = {}
     for name, reader in readers.items():
@@ -77,26 +72,18 @@ def learn(
 
 
 def _descend(
-    blocks: Blocks,
-    index: int,
-    block: nn.Module,
+    passage: Passage,
     readers: Mapping[str, "_Learned"],
-    inputs: Stream,
     targets: Stream,
-    rows: Sequence[slice],
-    precision: str,
     options: SignRoundOptions,
     seed: int,
 ) -> None:
-    device = next(block.parameters()).device
-    count = rows[-1].stop
     lr = options.lr or 2 * _FARTHEST / options.iterations
-    dice = torch.Generator().manual_seed(seed + (index << 32))
+    dice = torch.Generator().manual_seed(seed + (passage.index << 32))
     for step in range(options.iterations):
-        chosen = torch.randperm(count, generator=dice)[: max(1, options.batch // world_size())]
-        with autocast(precision, device):
-            made = blocks.run(index, block, inputs.read(chosen, device))
-        errors = relative_errors(made, targets.read(chosen, device))
+        order = torch.randperm(passage.count, generator=dice)
+        chosen = order[: max(1, options.batch // world_size())]
+        errors = relative_errors(passage.run(chosen), targets.read(chosen, passage.device))
         errors.mean().backward()  # type: ignore[no-untyped-call]
         left = 1 - step / options.iterations
         for reader in readers.values():
@@ -104,24 +91,13 @@ def _descend(
 
 
 @torch.no_grad()
-def _error(
-    blocks: Blocks,
-    index: int,
-    block: nn.Module,
-    inputs: Stream,
-    targets: Stream,
-    rows: Sequence[slice],
-    precision: str,
-) -> float:
+def _error(passage: Passage, targets: Stream) -> float:
     """The mean relative error of the block's output."""
-    device = next(block.parameters()).device
-    told = torch.tensor([0.0, rows[-1].stop], device=device)
+    told = torch.tensor([0.0, passage.count], device=passage.device)
     with parametrize.cached():
-        for part in rows:
-            with autocast(precision, device):
-                made = blocks.run(index, block, inputs.read(part, device))
-            wanted = targets.read(part, device)
-            told[0] += lost_share(relative_errors(made, wanted)) * (part.stop - part.start)
+        for part, made in passage.outputs():
+            errors = relative_errors(made, targets.read(part, passage.device))
+            told[0] += lost_share(errors) * (part.stop - part.start)
     total, count = summed(told).tolist()
     return float(total / count)
 

@@ -28,8 +28,7 @@ from qexport.grid import Scheme
 from qexport.layers import Choose
 from qexport.output import write_json
 from qexport.paretoq import Gradient, effective_scale, initial_alpha
-from qexport.precision import autocast
-from qexport.quantize.activations import STAGES, importance, look
+from qexport.quantize.activations import STAGES, Passage, importance
 from qexport.quantize.fit import Fit
 from qexport.quantize.gptq import Inputs, compensate
 from qexport.train.prepare import FakeQuantize, prepare
@@ -89,6 +88,11 @@ def train_blocks(
     def stream(kind: str, index: int) -> Stream:
         return Stream(folder / f"{kind}-{index}.bin", shape, _STREAM)
 
+    def passage(kind: str, index: int, block: nn.Module, count: int) -> Passage:
+        rows = list(parts(count, settings.batch_size))
+        how = (stream(kind, index), rows, settings.precision, folder)
+        return Passage(blocks, index, block, *how)
+
     if done == 0:
         for kind in ("dense", "quantized"):
             first = stream(kind, 0)
@@ -97,19 +101,20 @@ def train_blocks(
         blocks.forget_embeddings()
     for index in range(done, len(blocks)):
         block = blocks.make(index)
-        inputs, targets = stream("quantized", index), stream("dense", index + 1)
-        _advance(blocks, index, block, stream("dense", index), targets, settings, len(windows))
+        targets = stream("dense", index + 1)
+        passage("dense", index, block, len(windows)).write(targets)
         own = partial(_named, choose, blocks.name(index))
         prepare(block, own, scale_init, stored, settings.gradient, settings.fused)
         if settings.compensated:
-            _compensate(blocks, index, block, inputs, settings, len(windows))
-        before, after = _train(blocks, index, block, inputs, targets, settings, len(windows))
+            some = min(settings.compensated, len(windows))
+            _compensate(passage("quantized", index, block, some))
+        through = passage("quantized", index, block, len(windows))
+        before, after = _train(through, targets, settings)
         if not math.isfinite(after):
             raise QexportError(
                 f"block {index + 1} has diverged; lower --block-lr, or check the model for NaN."
             )
-        outputs = stream("quantized", index + 1)
-        _advance(blocks, index, block, inputs, outputs, settings, len(windows))
+        through.write(stream("quantized", index + 1))
         tensors = {blocks.name(index) + n: p.detach().cpu() for n, p in block.named_parameters()}
         save_file(tensors, folder / f"block-{index}.safetensors")
         write_json(folder / DONE, {"done": index + 1})
@@ -172,52 +177,12 @@ def parts(count: int, size: int) -> Iterator[slice]:
 
 
 @torch.no_grad()
-def _advance(
-    blocks: Blocks,
-    index: int,
-    block: nn.Module,
-    inputs: Stream,
-    outputs: Stream,
-    settings: BlockSettings,
-    count: int,
-) -> None:
-    """Run a stream through a block."""
-    for rows, made in _outputs(blocks, index, block, inputs, settings, count):
-        outputs.write(rows, made)
-
-
-@torch.no_grad()
-def _outputs(
-    blocks: Blocks,
-    index: int,
-    block: nn.Module,
-    inputs: Stream,
-    settings: BlockSettings,
-    count: int,
-) -> Iterator[tuple[slice, Tensor]]:
-    """What a block makes of the first `count` windows, a batch at a time."""
-    device = next(block.parameters()).device
-    for rows in parts(count, settings.batch_size):
-        with autocast(settings.precision, device):
-            made = blocks.run(index, block, inputs.read(rows, device))
-        yield rows, made
-
-
-@torch.no_grad()
-def _compensate(
-    blocks: Blocks,
-    index: int,
-    block: nn.Module,
-    inputs: Stream,
-    settings: BlockSettings,
-    count: int,
-) -> None:
+def _compensate(passage: Passage) -> None:
     """Begin with GPTQ's codes: each layer's, by what the ones before it make of the inputs."""
-    rows = list(parts(min(settings.compensated, count), settings.batch_size))
     for names in STAGES:
-        found = look(blocks, index, block, names[:1], inputs, rows, settings.precision)
+        found = passage.look(names[:1], settled=True)
         seen = Inputs.of(found[names[0]].hessian)
-        for layer in [block.get_submodule(name) for name in names]:
+        for layer in [passage.block.get_submodule(name) for name in names]:
             if not parametrize.is_parametrized(layer, "weight"):
                 continue  # it stays dense, in float32
             chain: Any = layer.parametrizations.weight  # type: ignore[union-attr]
@@ -230,22 +195,15 @@ def _compensate(
             master.copy_(compensate(master, seen, fit, reader.scheme))
 
 
-def _train(
-    blocks: Blocks,
-    index: int,
-    block: nn.Module,
-    inputs: Stream,
-    targets: Stream,
-    settings: BlockSettings,
-    count: int,
-) -> tuple[float, float]:
-    """Train one block; its relative error before the first step, and over the last quarter."""
-    device = next(block.parameters()).device
+def _train(passage: Passage, targets: Stream, settings: BlockSettings) -> tuple[float, float]:
+    """Train one block; its error before the first step, and over the last quarter of them."""
+    block, device, count = passage.block, passage.device, passage.count
     if not settings.epochs:
-        each = [
-            lost_share(relative_errors(made, targets.read(rows, device)))
-            for rows, made in _outputs(blocks, index, block, inputs, settings, count)
-        ]
+        with torch.no_grad():
+            each = [
+                lost_share(relative_errors(made, targets.read(rows, device)))
+                for rows, made in passage.outputs()
+            ]
         return (sum(each) / len(each),) * 2
     scales = [p for name, p in block.named_parameters() if name.endswith(".alpha")]
     weights = [p for name, p in block.named_parameters() if not name.endswith(".alpha")]
@@ -257,16 +215,13 @@ def _train(
     steps = settings.epochs * -(-count // settings.batch_size)
     scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    dice = torch.Generator().manual_seed(settings.seed + (index << 32))
+    dice = torch.Generator().manual_seed(settings.seed + (passage.index << 32))
     errors = []
     for _ in range(settings.epochs):
         order = torch.randperm(count, generator=dice)
         for part in parts(count, settings.batch_size):
             rows = order[part]
-            wanted = targets.read(rows, device)
-            with autocast(settings.precision, device):
-                made = blocks.run(index, block, inputs.read(rows, device))
-            found = relative_errors(made, wanted)
+            found = relative_errors(passage.run(rows), targets.read(rows, device))
             loss = found.mean()
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             scaler.step(optimizer)

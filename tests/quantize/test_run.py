@@ -41,7 +41,9 @@ def config(model: Path, output: Path, **changes: object) -> QuantizeConfig:
     ("method", "bits", "sym"),
     [
         ("w8a8", "8", True),
-        *product(sorted(set(METHODS) - {"w8a8"}), ("2", "3", "4", "8"), (True, False)),
+        ("nf4", "4", True),
+        ("kquant", "4", True),
+        *product(("rtn", "gptq", "awq", "signround"), ("2", "3", "4", "8"), (True, False)),
     ],
 )
 def test_every_method_packs_exactly(
@@ -49,7 +51,7 @@ def test_every_method_packs_exactly(
 ) -> None:
     """To every format that holds its grid; what is not quantized is the model's own."""
     run = tmp_path / "run"
-    group = 32 if sym and method != "w8a8" else None
+    group = 32 if sym and method not in ("w8a8", "kquant") else None
     results = quantize_model(
         config(tiny_model, run, method=method, bits=bits, sym=sym, group_size=group), QUIET
     )
@@ -166,7 +168,7 @@ def changed(model: Path, target: Path, name: str, change: object) -> Path:
 
 def test_damage_names_the_layer(tiny_model: Path, tmp_path: Path) -> None:
     def broken(tensor: torch.Tensor) -> torch.Tensor:
-        tensor[0, 0] = float("nan")
+        tensor[:, 0] = float("nan")
         return tensor
 
     layer = "model.layers.1.mlp.up_proj"
@@ -188,7 +190,11 @@ def test_inputs_that_are_never_active(tiny_model: Path, tmp_path: Path) -> None:
 
     model = changed(tiny_model, tmp_path / "model", "model.layers.0.input_layernorm.weight", dead)
     for method in METHODS:
-        scheme = {"bits": "8", "group_size": None} if method == "w8a8" else {}
+        own: dict[str, dict[str, object]] = {
+            "w8a8": {"bits": "8", "group_size": None},
+            "kquant": {"group_size": None},
+        }
+        scheme = own.get(method, {})
         asked = config(model, tmp_path / method, method=method, **scheme)
         results = quantize_model(asked, QUIET)
         assert all(layer["error"] < 0.1 for layer in results["layers"].values())
@@ -213,7 +219,7 @@ def test_too_little_text(
     ("changes", "message"),
     [
         ({"method": "magic"}, "there is no --method magic; there are rtn, gptq"),
-        ({"bits": "5"}, "--bits 5 is not a width"),
+        ({"bits": "7"}, "--bits 7 is not a width"),
         ({"bits": "1", "sym": False}, "no such grid of 1 bits"),
         ({"method": "w8a8"}, "w8a8 is of --bits 8 and --group-size -1"),
         ({"smooth": 1.5}, "--smooth 1.5 is not a share"),
