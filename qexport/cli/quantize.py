@@ -11,10 +11,11 @@ from qexport.cli.common import Command, json_option, print_json, progress_consol
 
 _EPILOG = """\b
 Examples:
-  qexport quantize ./SmolLM2-135M --method gptq --bits 4 --calibration builtin -o run
+  qexport quantize ./SmolLM2-135M --method gptq --bits 4 --group-size 64 \\
+      --calibration builtin -o run
   qexport quantize ./SmolLM2-135M --method gptq --bits 2 --asym --group-size 64 \\
       --calibration chats.jsonl -o run
-  qexport quantize ./SmolLM2-135M --method rtn --bits 8 --group-size -1 -o run
+  qexport quantize ./SmolLM2-135M --method rtn --bits 8 -o run
 
 \b
 Methods: rtn (nearest codes, by scales of least squared error; needs no text), gptq,
@@ -43,7 +44,7 @@ class _QuantizeCommand(Command):
 @click.option(
     "--target", metavar="gguf:BLOCK", help="gguf:Q2_K or gguf:Q3_K: on what that holds exactly."
 )
-@click.option("--group-size", type=int, help="-1 is per channel; default 128, nf4's 64.")
+@click.option("--group-size", type=int, help="Inputs that share a scale; -1 is per channel.")
 @click.option("--per-tensor", is_flag=True, help="One scale a layer; with --group-size -1.")
 @click.option(
     "--double-quant/--no-double-quant", default=True, help="NF4: scales of 8 bits, not of 32."
@@ -131,7 +132,5 @@ def _complete(options: dict[str, Any]) -> int | None:
         options["bits"] = target_bits(target)
     options["bits"] = options["bits"] or "4"
     if group_size is None:
-        if target is not None or method == "kquant":
-            return None
-        return 64 if method == "nf4" else 128
+        return 64 if method == "nf4" else None
     return None if group_size == -1 else int(group_size)

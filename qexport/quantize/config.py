@@ -99,7 +99,7 @@ class QuantizeConfig:
     target: str | None = None
     sym: bool = True
     grid: str | None = None
-    group_size: int | None = 128
+    group_size: int | None = None
     per_tensor: bool = False
     double_quant: bool = True
     calibration: str | None = None

@@ -122,12 +122,12 @@ def _inverse_factor(hessian: Tensor, percdamp: float) -> Tensor:
     mean = hessian.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     damping = percdamp
     for _ in range(_TRIES):
-        damped = hessian.double()
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        matrix = hessian.double()  # what it becomes replaces it: each is half a gigabyte at 8192
+        matrix.diagonal().add_(damping * mean)
+        matrix, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            matrix = torch.cholesky_inverse(matrix)
+            upper, failed = torch.linalg.cholesky_ex(matrix, upper=True)
             if not failed:
                 found: Tensor = upper
                 return found
