@@ -134,6 +134,11 @@ class Stream:
             with path.open("wb") as file:
                 file.truncate(size)
 
+    @property
+    def length(self) -> int:
+        """Tokens in a window."""
+        return self._window[0]
+
     def read(self, rows: Tensor | slice, device: torch.device) -> Tensor:
         """Float32 [rows, length, hidden]."""
         return self.stored(rows).to(device).float()

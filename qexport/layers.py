@@ -6,6 +6,7 @@ from torch import nn
 
 from qexport.checkpoint import Modules
 from qexport.errors import CheckpointError, InputError
+from qexport.experts import is_router
 from qexport.grid import Scheme
 
 __all__ = ["Choose", "quantized_modules"]
@@ -56,7 +57,8 @@ def _check_whole(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
     ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
     for name, module in model.named_modules():
         matrix = any(p.dim() > 1 for p in module.parameters(recurse=False))
-        if matrix and name not in layers and not any(module is end for end in ends):
+        dense = is_router(module) or any(module is end for end in ends)
+        if matrix and name not in layers and not dense:
             raise CheckpointError(
                 f"{name} is a matrix that would be left unquantized: this architecture is not "
                 "supported yet (q, k, v, o, gate, up and down projections are)."

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from qexport.checkpoint import Checkpoint
 from qexport.errors import CheckpointError, InputError, first_line
+from qexport.experts import take_apart
 from qexport.llama_like import LLAMA_LIKE, extend
 
 __all__ = ["build_model", "load_tokenizer", "meta_model"]
@@ -60,13 +61,17 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, read: Callable[[str]
 
 
 def meta_model(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's model without its weights. Raises InputError as `build_model` does."""
+    """The checkpoint's model without its weights, its experts taken apart.
+
+    Raises InputError as `build_model` does.
+    """
     config = _config(checkpoint)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InputError(f"{checkpoint.folder}: {config.model_type} is no causal language model.")
     with torch.device("meta"):
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     extend(model, checkpoint.config)
+    take_apart(model)
     return model
 
 

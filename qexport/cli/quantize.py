@@ -71,6 +71,13 @@ class _QuantizeCommand(Command):
 @click.option("--iterations", default=100, show_default=True, help="SignRound: steps a block.")
 @click.option("--lr", type=float, help="SignRound: first step of weights, in units of a scale.")
 @click.option("--smooth", default=0.5, show_default=True, help="W8A8: range moved to weights.")
+@click.option(
+    "--unseen-experts",
+    type=click.Choice(["nearest", "error"]),
+    default="nearest",
+    show_default=True,
+    help="What is done with experts that saw less than 0.5 % of the tokens.",
+)
 @click.option("--true-sequential/--no-true-sequential", default=True)
 @click.option("--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto")
 @click.option("--batch-size", default=8, show_default=True, help="Windows in a forward pass.")

@@ -1,8 +1,8 @@
 """What the layers of a block see of the calibration text, and errors of their outputs by it."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 from qexport.blocks import Blocks, Stream
 from qexport.errors import QexportError
+from qexport.experts import expert_of
 from qexport.precision import autocast
 from qexport.ranks import largest, rank, summed
 
-__all__ = ["STAGES", "Passage", "Seen", "importance", "output_error"]
+__all__ = ["STAGES", "Passage", "Seen", "importance", "output_error", "stages"]
 
-STAGES = (  # layers that have the same inputs, in the order in which they run
+STAGES: tuple[
+    tuple[str, ...], ...
+] = (  # layers that have the same inputs, in the order in which they run
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
     ("mlp.gate_proj", "mlp.up_proj"),
@@ -28,16 +31,36 @@ STAGES = (  # layers that have the same inputs, in the order in which they run
 _TILE = 384  # columns
 
 
+def stages(layers: Iterable[str]) -> list[list[tuple[str, ...]]]:
+    """Of a block with these layers: what runs at a time, in groups that have the same inputs.
+
+    Experts run side by side, each with the tokens that are sent to it.
+    """
+    experts = list(dict.fromkeys(filter(None, map(expert_of, layers))))
+    if not experts:
+        return [[group] for group in STAGES]
+    attention = [[group] for group in STAGES if group[0].startswith("self_attn.")]
+    apart = (
+        [tuple(f"{expert}.{name.removeprefix('mlp.')}" for name in group) for expert in experts]
+        for group in STAGES
+        if group[0].startswith("mlp.")
+    )
+    return [*attention, *apart]
+
+
 @dataclass(frozen=True)
 class Seen:
     """Of a layer's inputs X [tokens, in], float32.
 
     hessian   X^T X [in, in]
     largest   max |X| of each input [in]
+    tokens    how many there were; `share` of all the text's
     """
 
     hessian: Tensor
     largest: Tensor
+    tokens: int = 0
+    share: float = 1.0
 
 
 class _Enough(Exception):  # noqa: N818  # not an error: the rest of a forward pass is not needed
@@ -94,10 +117,10 @@ class Passage:
     def look(self, names: Sequence[str], *, settled: bool = False) -> dict[str, Seen]:
         """What each layer named sees.
 
-        No more of the block is run than its last layer needs. Of several processes each has text of
-        its own, and all are told of the whole. Where all that comes before the layer named is
-        `settled`, its inputs are kept, and later passes begin with them if it ends a part of the
-        block. Raises QexportError for inputs that are not finite.
+        No more of the block is run than its last layer needs; experts need all. Of several
+        processes each has text of its own, and all are told of the whole. Where all that comes
+        before the layer named is `settled`, its inputs are kept, and later passes begin with them
+        if it ends a part of the block. Raises QexportError for inputs that are not finite.
         """
         layers: dict[str, Any] = {name: self.block.get_submodule(name) for name in names}
         found = {
@@ -107,12 +130,15 @@ class Passage:
             )
             for name, layer in layers.items()
         }
+        counts = torch.zeros(len(names) + 1, device=self.device, dtype=torch.float64)
+        stops = expert_of(names[-1]) is None
         keeps = settled and self._kept is not None and names[-1] in _ENDS
         rows, kept = self._rows[0], dict[str, Stream]()
 
-        def watch(name: str, last: bool) -> Any:
+        def watch(number: int, name: str, last: bool) -> Any:
             def add(_: nn.Module, given: tuple[Tensor, ...]) -> None:
                 seen = given[0].flatten(0, -2).float()
+                counts[number] += len(seen)
                 _add_outer(found[name].hessian, seen)
                 found[name].largest.copy_(torch.maximum(found[name].largest, seen.abs().amax(0)))
                 if last and keeps:
@@ -124,15 +150,17 @@ class Passage:
 
             return layers[name].register_forward_pre_hook(add)
 
-        hooks = [watch(name, name == names[-1]) for name in names]
+        hooks = [watch(n, name, stops and name == names[-1]) for n, name in enumerate(names)]
         try:
             for rows in self._rows:
+                counts[-1] += (rows.stop - rows.start) * self._inputs.length
                 with contextlib.suppress(_Enough), self._shortened(rows):
                     self.run(rows)
         finally:
             for hook in hooks:
                 hook.remove()
         self._settled |= kept  # not before: this pass had to be made whole
+        *tokens, total = summed(counts).tolist()
         for name, seen in found.items():
             seen.hessian.copy_(seen.hessian.triu() + seen.hessian.triu(1).T)
             summed(seen.hessian)
@@ -142,7 +170,10 @@ class Passage:
                     f"the inputs of {self.name}{name} are not finite (NaN or infinite); check the "
                     "model, or choose --precision fp32."
                 )
-        return found
+        told = zip(found.items(), tokens, strict=True)
+        return {
+            name: replace(seen, tokens=int(own), share=own / total) for (name, seen), own in told
+        }
 
     def forget(self) -> None:
         """Begin passes with the block's inputs again: layers are about to change."""

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from qexport.blocks import Stream
 from qexport.errors import QexportError
+from qexport.experts import expert_of
 from qexport.grid import Scheme
-from qexport.quantize.activations import STAGES, Passage, Seen, output_error
+from qexport.quantize.activations import STAGES, Passage, Seen, output_error, stages
 from qexport.quantize.awq import awq_factors
 from qexport.quantize.config import METHODS, QuantizeConfig
 from qexport.quantize.equalize import fold, tie
@@ -22,6 +23,8 @@ from qexport.quantize.smooth import smooth_factors
 from qexport.tensor import QuantizedTensor
 
 __all__ = ["Result", "quantize_block"]
+
+_FEW = 0.005  # of the tokens
 
 
 @dataclass(frozen=True)
@@ -84,13 +87,16 @@ def _equalize(
     passage: Passage,
 ) -> list[str]:
     """Fold factors into the dense block; returns parameters that have changed."""
-    seen = passage.look([stage[0] for stage in STAGES])
+    whole = [stage for stage in STAGES if all(name in schemes for name in stage)]
+    if not whole:
+        return []
+    seen = passage.look([stage[0] for stage in whole])
     changed: list[str] = []
-    for stage in STAGES:
+    for stage in whole:
         tied = tie(block, stage[0])
         before_is_kept = stage[0] == "self_attn.o_proj" and "self_attn.v_proj" not in schemes
         before_is_kept |= stage[0] == "mlp.down_proj" and "mlp.up_proj" not in schemes
-        if tied is None or before_is_kept or any(name not in schemes for name in stage):
+        if tied is None or before_is_kept:
             continue
         layers: list[Any] = [block.get_submodule(name) for name in stage]
         weights = [layer.weight.detach() for layer in layers]
@@ -113,27 +119,44 @@ def _round(
     found: dict[str, Rounding] = {}
     report: dict[str, dict[str, Any]] = {}
     seen: dict[str, Seen] = {}
-    for stage in STAGES:
-        mine = [name for name in stage if name in schemes]
-        if not mine:
-            continue
-        if passage is not None and config.true_sequential:
-            seen = passage.look([stage[0]], settled=True)
+    order = stages(schemes)
+    for stage in order:
+        groups = [group for group in stage if any(name in schemes for name in group)]
+        if passage is not None and config.true_sequential and groups:
+            seen = passage.look([group[0] for group in groups], settled=True)
         elif passage is not None and not seen:
-            seen = passage.look([names[0] for names in STAGES])
-        by_gptq = [name for name in mine if config.rounding_of(prefix + name) == "gptq"]
-        inputs = _inputs(config, prefix + stage[0], seen[stage[0]]) if by_gptq else None
-        for name in mine:
-            layer: Any = block.get_submodule(name)
-            weight = layer.weight.detach().clone()
-            if not bool(weight.isfinite().all()):
-                raise QexportError(f"{prefix}{name} holds a NaN or an infinity.")
-            own = inputs if name in by_gptq else None
-            found[name], report[name] = _rounded(
-                config, weight, schemes[name], seen.get(stage[0]), own
-            )
-            layer.weight.data.copy_(found[name].tensor().dequantize())
+            seen = passage.look([group[0] for each in order for group in each])
+        for group in groups:
+            mine = [name for name in group if name in schemes]
+            own = _enough(config, prefix, group[0], seen.get(group[0]))
+            by_gptq = [name for name in mine if config.rounding_of(prefix + name) == "gptq"]
+            inputs = _inputs(config, prefix + group[0], own) if by_gptq and own else None
+            for name in mine:
+                layer: Any = block.get_submodule(name)
+                weight = layer.weight.detach().clone()
+                if not bool(weight.isfinite().all()):
+                    raise QexportError(f"{prefix}{name} holds a NaN or an infinity.")
+                how = inputs if name in by_gptq else None
+                found[name], report[name] = _rounded(config, weight, schemes[name], own, how)
+                if expert_of(name) is not None and group[0] in seen:
+                    report[name] |= {"tokens": seen[group[0]].tokens, "enough": own is not None}
+                layer.weight.data.copy_(found[name].tensor().dequantize())
     return found, report
+
+
+def _enough(config: QuantizeConfig, prefix: str, layer: str, seen: Seen | None) -> Seen | None:
+    """What a layer has seen, or None where that is too little to go by: of a hardly used expert.
+
+    Raises QexportError where that is asked for.
+    """
+    if seen is None or expert_of(layer) is None or seen.share >= _FEW:
+        return seen
+    if config.unseen_experts == "error":
+        raise QexportError(
+            f"{prefix}{expert_of(layer)} saw {seen.tokens} tokens, {seen.share:.2%} of the text; "
+            "give more of it, or --unseen-experts nearest."
+        )
+    return None
 
 
 def _inputs(config: QuantizeConfig, name: str, seen: Seen) -> Inputs:

@@ -87,6 +87,8 @@ class QuantizeConfig:
     module_bits       "PATTERN=BITS[:GROUP[:METHOD]]", the method one of ROUNDINGS; the first that
                       fits counts
     true_sequential   layers of a block see what the ones before them have become
+    unseen_experts    `nearest` rounds experts that saw less than half a percent of the tokens to
+                      nearest; `error` stops
     smooth            what share of the activations' range SmoothQuant moves to the weights
     batch_size        windows in a forward pass
     """
@@ -110,6 +112,7 @@ class QuantizeConfig:
     module_bits: tuple[str, ...] = ()
     gptq: GptqOptions = field(default_factory=GptqOptions)
     signround: SignRoundOptions = field(default_factory=SignRoundOptions)
+    unseen_experts: Literal["nearest", "error"] = "nearest"
     smooth: float = 0.5
     true_sequential: bool = True
     precision: Precision = "auto"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from qexport.blocks import Blocks, Stream
 from qexport.checkpoint import Checkpoint, Modules, code_parts, code_tensors, module_of
 from qexport.errors import InputError
+from qexport.experts import expert_of
 from qexport.grid import Scheme
 from qexport.layers import quantized_modules
 from qexport.modelling import build_model, load_tokenizer, meta_model
@@ -113,6 +114,8 @@ def _prepared(config: QuantizeConfig, source: Checkpoint, console: Console) -> _
     if not modules:
         raise InputError("no layer is left to be quantized.")
     check_names(source, plan)
+    if config.target_bpw is not None and any(map(expert_of, modules)):
+        raise InputError("--target-bpw is not for mixtures of experts yet; use --module-bits.")
     windows = None
     if config.looks:
         tokenizer = load_tokenizer(config.model)
@@ -256,6 +259,9 @@ class _Quantizer:
         elif report:
             name, worst = max(report.items(), key=lambda item: float(item[1]["error"]))
             told.append(f"{name} loses most, {worst['error']:.2%}")
+        few = sum(not layer.get("enough", True) for layer in report.values())
+        if few:
+            told.append(f"{few} layers of experts saw too little text: nearest codes")
         told.append(f"{each * (count - index - 1):.0f} s left")
         self._console.print("  ".join(told), highlight=False)
 

@@ -123,8 +123,10 @@ class _Learned(nn.Module):
     def step(self, lr: float, scale_lr: float) -> None:
         """Down by the signs of the gradients, which are forgotten."""
         for parameter, rate, middle in ((self.moves, lr, 0.0), (self.factors, scale_lr, 1.0)):
-            assert parameter.grad is not None
-            parameter.sub_(summed(parameter.grad).sign_(), alpha=rate)
+            grad = parameter.grad  # an expert may have seen none of these windows
+            parameter.sub_(
+                summed(torch.zeros_like(parameter) if grad is None else grad).sign_(), alpha=rate
+            )
             parameter.clamp_(middle - _FARTHEST, middle + _FARTHEST)
             parameter.grad = None
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qexport.checkpoint import Checkpoint, Modules
 from qexport.errors import InputError, UnsupportedError
+from qexport.experts import expert_of
 from qexport.layers import quantized_modules
 from qexport.modelling import build_model, load_tokenizer, meta_model
 from qexport.output import disk_errors, mark
@@ -104,6 +105,11 @@ def _prepared(config: TrainConfig, source: Checkpoint, console: Console) -> _Job
     if not modules and config.bits != DENSE:
         raise InputError("no layer is left to be quantized; --bits 16 trains a dense model.")
     check_names(source, plan)
+    if any(map(expert_of, modules)):
+        raise InputError(
+            f"{config.model} is a mixture of experts, which is not trained yet; qexport quantize "
+            "takes it."
+        )
     if config.init is not None:
         check_init(config, source, modules)
     fused = fusing(config, modules, max_steps, console)

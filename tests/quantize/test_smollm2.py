@@ -126,6 +126,6 @@ def test_what_signround_learns(passage: Passage, seen: dict[str, Seen], tmp_path
     }
     for name, rounding in roundings.items():
         layer = passage.block.get_submodule(name)
-        layer.weight.data.copy_(rounding.tensor().dequantize())  # type: ignore[operator, union-attr]
+        layer.weight.data.copy_(rounding.tensor().dequantize())  # type: ignore[operator]
     _, before, after = learn(passage, roundings, targets, SignRoundOptions(iterations=20), 0)
     assert after < 0.97 * before
