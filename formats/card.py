@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qexport.checkpoint import Checkpoint
+from qexport.grid import GRIDS
 from qexport.version import __version__
 
 __all__ = ["model_card", "vllm_reads"]
@@ -35,6 +36,7 @@ Or `qexport serve .`"""
 _NEEDS = {
     "compressed-tensors": "compressed-tensors, 0.18 or newer for 3 bits",
     "int-quantized": "compressed-tensors",
+    "bitsandbytes": "bitsandbytes",
 }
 
 
@@ -53,6 +55,10 @@ def vllm_reads(form: str, verdicts: list[dict[str, Any]]) -> str:
         return f"vLLM reads it on NVIDIA GPUs, and on CPUs {where}."
     if form == "humming":
         return "vLLM reads it on NVIDIA GPUs, with the package humming-kernels."
+    if form == "bitsandbytes":
+        return "vLLM does not read it: it has dropped bitsandbytes; transformers reads it."
+    if form == "native" and not all(GRIDS[name].uniform for name in grids):
+        return "vLLM does not read it: no kernel of the plugin takes these grids."
     if form == "native":
         return "vLLM reads it where qexport is installed beside it."
     if form == "gguf":

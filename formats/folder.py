@@ -122,6 +122,8 @@ class FolderFormat(Format):
         return found
 
     def verdict(self, scheme: Scheme, shape: tuple[int, int], options: Options) -> Verdict:
+        if not any(scheme.grid.factor_into(grid) for grid in self.grids):
+            return Verdict(None, reason=self._no_grid(scheme, options.bits))
         # float32 holds what the others do
         wider = torch.float32 in self.scale_dtypes
         exact = wider or scheme.scale_dtype in self.scale_dtypes

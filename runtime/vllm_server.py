@@ -122,6 +122,10 @@ def preflight(path: Path, dtype: str) -> list[str]:
 def _native_lines(modules: Modules, device: torch.device, dtype: torch.dtype) -> list[str]:
     found: dict[str, int] = {}
     for scheme, shape in modules.values():
+        if not scheme.grid.uniform:
+            raise UnsupportedError(
+                f"no kernel under vLLM takes the grid {scheme.grid.name}; leave --backend vllm out."
+            )
         kernel = choose(scheme, shape, device, dtype=dtype).kernel
         line = f"{scheme} by {kernel.name}"
         found[line] = found.get(line, 0) + 1

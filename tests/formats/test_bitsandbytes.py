@@ -12,7 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qexport.errors import CheckpointError
+from qexport.errors import CheckpointError, UnsupportedError
 from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.base import Options
 from qexport.formats.pack import pack
@@ -20,6 +20,7 @@ from qexport.formats.verify import verify
 from qexport.grid import INT4, NF4, Scheme
 from qexport.quantize import quantize_model
 from qexport.runtime.loader import open_model
+from qexport.runtime.vllm_server import preflight
 from tests.quantize.test_run import config
 
 QUIET = Console(quiet=True)
@@ -71,6 +72,16 @@ def test_it_is_read_again(packed: tuple[Path, Path], tmp_path: Path) -> None:
     )
     weights = sum(out * inputs for _, (out, inputs) in source.modules.values())
     assert stored * 8 / weights < (4.2 if double else 4.51)
+
+
+def test_vllm_is_not_promised(packed: tuple[Path, Path], tmp_path: Path) -> None:
+    run, out = packed
+    assert "vLLM does not read it" in (out / "README.md").read_text()
+    pack(open_checkpoint(run), FORMATS["native"], tmp_path / "native")
+    assert "vLLM does not read it" in (tmp_path / "native" / "README.md").read_text()
+    for folder in (out, tmp_path / "native"):
+        with pytest.raises(UnsupportedError, match=r"vLLM does not|no kernel under vLLM"):
+            preflight(folder, "auto")
 
 
 def test_transformers_answers_alike(packed: tuple[Path, Path]) -> None:
