@@ -129,7 +129,8 @@ def llama(block: str) -> dict[str, float]:
         call("llama-imatrix", "-m", source, "-f", text, "-o", matrix, "-c", "512")
     out = WORK / f"llama-{block}.gguf"
     start = time.monotonic()
-    call("llama-quantize", "--allow-requantize", "--imatrix", matrix, source, out, block)
+    dense = ["--token-embedding-type", "bf16", "--allow-requantize"]  # as ours are
+    call("llama-quantize", *dense, "--imatrix", matrix, source, out, block)
     return {"seconds": time.monotonic() - start, **measured(out)}
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from qexport.checkpoint import Checkpoint, Modules, checked_scales, module_of
 from qexport.double_quant import BLOCK, redoubled, undoubled
-from qexport.errors import CheckpointError
+from qexport.errors import CheckpointError, RefusedError
+from qexport.experts import expert_of
 from qexport.formats.folder import FolderFormat, dense_linears
 from qexport.grid import NF4, Scheme
 from qexport.shards import Parts, ShardReader
@@ -68,7 +69,7 @@ class BitsAndBytes(FolderFormat):
         if not scheme.double_quant and f"{weight}.nested_absmax" in reader:
             groups = shape[0] * scheme.groups(shape[1])
             size = _read_state(reader, module).get("nested_blocksize")
-            if type(size) is not int or size < 1:
+            if type(size) is not int or not 0 < size < 2**31:
                 raise _damaged(reader, module, "its nested_blocksize")
             parts[f"{weight}.absmax"] = (torch.uint8, (groups,))
             parts[f"{weight}.nested_absmax"] = (torch.float32, (-(-groups // size),))
@@ -107,6 +108,11 @@ class BitsAndBytes(FolderFormat):
         return QuantizedTensor(codes, scales.view(groups), scheme)
 
     def quantization_config(self, modules: Modules, source: Checkpoint) -> dict[str, Any]:
+        if any(map(expert_of, modules)):
+            raise RefusedError(
+                "bitsandbytes has no place for experts: transformers fuses them, and takes linear "
+                "layers alone; native holds them."
+            )
         double = any(scheme.double_quant for scheme, _ in modules.values())
         return {
             "quant_method": "bitsandbytes",
@@ -181,6 +187,7 @@ def _scheme_of(reader: ShardReader, module: str) -> tuple[Scheme, tuple[int, int
     nested = f"{module}.weight.nested_quant_map"
     double = (
         nested in reader
+        and reader.dtype(nested) == torch.float32
         and (state.get("nested_blocksize"), state.get("nested_offset")) == (BLOCK, 0.0)
         and torch.equal(reader.tensor(nested), _linear_map())
     )
@@ -196,7 +203,7 @@ def _nested(reader: ShardReader, module: str, *, doubled: bool) -> Tensor:
     if doubled:
         return redoubled(codes, largest)
     state = _read_state(reader, module)
-    spread = largest.repeat_interleave(state["nested_blocksize"])[: codes.numel()]
+    spread = largest[torch.arange(codes.numel()) // state["nested_blocksize"]]
     offset = state.get("nested_offset")
     scales = reader.tensor(f"{weight}.nested_quant_map")[codes.int()] * spread
     if not isinstance(offset, float) or not math.isfinite(offset):

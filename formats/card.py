@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qexport.checkpoint import Checkpoint
+from qexport.experts import expert_of
 from qexport.grid import GRIDS
 from qexport.version import __version__
 
@@ -40,8 +41,12 @@ _NEEDS = {
 }
 
 
-def vllm_reads(form: str, verdicts: list[dict[str, Any]]) -> str:
-    """What vLLM 0.32 and 0.33 make of a folder, in a sentence."""
+def vllm_reads(form: str, verdicts: list[dict[str, Any]], *, experts: bool = False) -> str:
+    """What vLLM 0.32 and 0.33 make of a folder, in a sentence; `experts` are among its layers."""
+    if experts and form in ("native", "humming", "bitsandbytes"):
+        return "vLLM does not read it: experts in this format are served by `qexport serve` alone."
+    if experts and form != "gguf":
+        return "vLLM has loaders for experts in this format, which were not tried here."
     grids = {verdict["stored"] for verdict in verdicts}
     if form in ("gptq", "gptq_v2") and not grids <= {"int4", "int8"}:
         return (
@@ -74,10 +79,11 @@ def model_card(source: Checkpoint, report: dict[str, Any]) -> str:
     proof = _proof(verification)
     evaluation = _perplexity(source.folder)
     needs = _NEEDS.get(form, "gptqmodel and optimum")
-    run = _RUN.get(form) or (
-        "```\nqexport serve .\n```" if form == "humming" else _TRANSFORMERS.format(needs=needs)
-    )
-    engine = vllm_reads(form, report["verdicts"])
+    experts = any(map(expert_of, source.modules))
+    alone = form == "humming" or (experts and form == "native")
+    run = "```\nqexport serve .\n```" if alone else _RUN.get(form)
+    run = run or _TRANSFORMERS.format(needs=needs)
+    engine = vllm_reads(form, report["verdicts"], experts=experts)
     if not engine.startswith("vLLM does not"):
         run = f"```\nvllm serve .\n```\n\n{run}"
     return f"""---

@@ -181,7 +181,10 @@ class FolderFormat(Format):
                     f"{module_of(name)} has groups of scale zero, as llama.cpp writes for blocks "
                     f"of zeros; readers of {self.name} take that for damage, and gguf holds it."
                 )
-            return self.encode_parts(module_of(name), tensor)
+            try:
+                return self.encode_parts(module_of(name), tensor)
+            except ValueError as error:
+                raise RefusedError(f"{module_of(name)}: {error}.") from error
         return {name: tensor}
 
     def _reopen(self, folder: Path) -> ReadBack:

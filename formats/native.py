@@ -16,7 +16,7 @@ from qexport.checkpoint import (
     modules_from_json,
     modules_to_json,
 )
-from qexport.double_quant import BLOCK, redoubled, undoubled
+from qexport.double_quant import BLOCK, doubled, redoubled, undoubled
 from qexport.errors import CheckpointError
 from qexport.formats.folder import FolderFormat
 from qexport.grid import GRIDS, Scheme
@@ -81,6 +81,10 @@ class Native(FolderFormat):
         if scheme.grid.minima:
             checked_minima(reader, f"{module}.minima")
         found = decoded(module, parts, scheme, shape[1])
+        if scheme.double_quant and not torch.equal(doubled(found.scales), found.scales):
+            raise CheckpointError(
+                f"{reader.folder}: the scales of {module} are not those of a double quantization."
+            )
         if int(found.codes.max()) >= scheme.grid.levels:
             raise CheckpointError(
                 f"{reader.folder}: {module} holds code {int(found.codes.max())}, and "

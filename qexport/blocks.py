@@ -129,10 +129,7 @@ class Stream:
     def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
         self._path, self._dtype, self._window = path, dtype, shape[1:]
         self._bytes = math.prod(self._window) * dtype.itemsize
-        size = shape[0] * self._bytes
-        if not path.exists() or path.stat().st_size != size:
-            with path.open("wb") as file:
-                file.truncate(size)
+        self._size = shape[0] * self._bytes
 
     @property
     def length(self) -> int:
@@ -144,7 +141,11 @@ class Stream:
         return self.stored(rows).to(device).float()
 
     def stored(self, rows: Tensor | slice) -> Tensor:
-        """The same in the file's dtype."""
+        """The same in the file's dtype. Raises QexportError for a file that is not whole."""
+        if not self._whole():
+            raise QexportError(
+                f"{self._path} is gone or cut short; give --no-resume to start over."
+            )
         spans = [rows] if isinstance(rows, slice) else [slice(n, n + 1) for n in rows.tolist()]
         count = sum(span.stop - span.start for span in spans)
         found = torch.empty(count, *self._window, dtype=self._dtype)
@@ -153,17 +154,26 @@ class Stream:
             for span in spans:
                 size = (span.stop - span.start) * self._bytes
                 file.seek(span.start * self._bytes)
-                if file.readinto(raw[:size]) != size:
-                    raise QexportError(f"{self._path} is shorter than it was; start again.")
+                file.readinto(raw[:size])
                 raw = raw[size:]
         return found
 
     def write(self, rows: slice, values: Tensor) -> None:
         """Rounded to the file's dtype."""
         stored = values.detach().to(self._dtype).cpu().contiguous()
+        if not self._whole():
+            with self._path.open("wb") as file:
+                file.truncate(self._size)
         with self._path.open("r+b") as file:
             file.seek(rows.start * self._bytes)
             file.write(stored.view(torch.uint8).flatten().numpy().data)
+
+    def remove(self) -> None:
+        """What was written is no longer wanted."""
+        self._path.unlink(missing_ok=True)
+
+    def _whole(self) -> bool:
+        return self._path.is_file() and self._path.stat().st_size == self._size
 
 
 def relative_errors(made: Tensor, wanted: Tensor) -> Tensor:

@@ -234,11 +234,12 @@ def modules_from_json(quantization: dict[str, Any]) -> Modules:
             )
         scheme = Scheme.from_json(group)
         for module, (out, inputs) in named.items():
-            if scheme.group_size is not None and inputs % scheme.group_size:
+            try:
+                scheme.groups(inputs)
+            except ValueError as error:
                 raise CheckpointError(
-                    f"quantization_config: group size {scheme.group_size} does not divide the "
-                    f"{inputs} inputs of {module}."
-                )
+                    f"quantization_config: {error} inputs of {module}."
+                ) from error
             modules[module] = (scheme, (out, inputs))
     return modules
 

@@ -213,9 +213,11 @@ class Scheme:
         if self.group_size is None:
             return 1
         if in_features % self.group_size:
-            raise ValueError(f"group size {self.group_size} does not divide {in_features}")
+            raise ValueError(f"group size {self.group_size} does not divide the {in_features}")
         if self.super_block is not None and in_features % self.super_block.size:
-            raise ValueError(f"super-blocks of {self.super_block.size} do not fit {in_features}")
+            raise ValueError(
+                f"super-blocks of {self.super_block.size} do not fit the {in_features}"
+            )
         return in_features // self.group_size
 
     def bits_per_weight(self, in_features: int) -> float:
@@ -260,6 +262,8 @@ class Scheme:
         blocks = (*SUPER_BLOCKS.values(), *K_QUANTS.values())
         shared = next((b for b in blocks if (b.name, b.grid) == (name, grid)), None)
         known = name is None or (shared is not None and shared.group_size == group)
+        if double is True:  # of codebooks, in float32
+            known = known and dtype == torch.float32 and grid is not None and bool(grid.values)
         scheme = None
         if grid and dtype and known and _valid_group(group) and type(double) is bool:
             scheme = cls(grid, group, dtype, shared, double)

@@ -9,6 +9,7 @@ project's one definition. transformers has no entry points: without the import i
 and fills the layers with random numbers.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,11 +54,19 @@ class PackedLinear(nn.Module):
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         """The dequantized weight [out, in]."""
-        buffers = {f".{name}": buffer for name, buffer in self.named_buffers(recurse=False)}
-        # a model that was moved to another dtype took the scales with it
-        dtypes = Native().parts("", self.scheme, (self.out_features, self.in_features))
-        parts = {name: buffers[name].to(dtype) for name, (dtype, _) in dtypes.items()}
+        parts = {f".{name}": buffer for name, buffer in self.named_buffers(recurse=False)}
         return decoded("", parts, self.scheme, self.in_features).dequantize(dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        """`to` and its like: buffers go to another device, and keep their dtypes."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            assert moved is not None
+            if moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., in] times the weight, in the dtype of `x`."""

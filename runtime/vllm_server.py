@@ -21,6 +21,7 @@ import torch
 
 from qexport.checkpoint import Modules
 from qexport.errors import InputError, QexportError, UnsupportedError
+from qexport.experts import expert_of
 from qexport.formats import open_checkpoint
 from qexport.formats.card import vllm_reads
 from qexport.runtime.child import end_with_parent
@@ -108,10 +109,11 @@ def preflight(path: Path, dtype: str) -> list[str]:
     served = resolve_dtype(checkpoint, dtype)
     if not checkpoint.modules:
         return ["dense weights, by vLLM"]
-    if checkpoint.layout == _NATIVE:
+    if checkpoint.layout == _NATIVE and not any(map(expert_of, checkpoint.modules)):
         return _native_lines(checkpoint.modules, device, served)
     stored = sorted({scheme.grid.name for scheme, _ in checkpoint.modules.values()})
-    said = vllm_reads(checkpoint.layout, [{"stored": name} for name in stored])
+    experts = any(map(expert_of, checkpoint.modules))
+    said = vllm_reads(checkpoint.layout, [{"stored": name} for name in stored], experts=experts)
     on_cpu = device.type == "cpu"
     ours = checkpoint.layout == "compressed-tensors"  # our kernel stands in vLLM's list
     if said.startswith("vLLM does not") or (on_cpu and "on NVIDIA GPUs" in said and not ours):

@@ -21,9 +21,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from qexport.errors import QexportError
 from qexport.formats import FORMATS, Options, open_checkpoint
 from qexport.formats.pack import pack
+from qexport.quantize import QuantizeConfig, quantize_model
 from qexport.tiny import write_tiny_model
 from tests.formats.models import decoder_layer, taken_by
 
@@ -77,7 +80,27 @@ def bases(folder: Path) -> dict[str, Path]:
         pack(source, form, folder / name, Options())
         found[name] = folder / name
     pack(decoder_layer(model, "uint4", 64, 32), FORMATS["compressed-tensors"], folder / "asym")
-    return {**found, "asym": folder / "asym"}
+    return {**found, "asym": folder / "asym", **quantized(model, folder)}
+
+
+def quantized(model: Path, folder: Path) -> dict[str, Path]:
+    """Scales that share one: of 8 bits in NF4, and in K-quants, with minima."""
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+    wide = write_tiny_model(folder / "wide", **sizes)
+    asked = {
+        "nf4": QuantizeConfig(model, folder / "nf4", "nf4", "4", group_size=64),
+        "kquant": QuantizeConfig(
+            wide, folder / "kquant", "kquant", "4", calibration="builtin", samples=8, length=32
+        ),
+    }
+    found = {}
+    for name, config in asked.items():
+        quantize_model(config, Console(quiet=True))
+        found[name] = config.output
+        for form in ("native", "bitsandbytes" if name == "nf4" else "gguf"):
+            found[f"{name}-{form}"] = folder / f"{name}-{form}"
+            pack(open_checkpoint(config.output), FORMATS[form], found[f"{name}-{form}"])
+    return found
 
 
 def mutate(rng: random.Random, folder: Path) -> str:

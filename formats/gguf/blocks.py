@@ -9,6 +9,7 @@ from qexport.formats.gguf.plain_blocks import (
     Q4_0,
     Q4_1,
     Q5_0,
+    Q5_1,
     Q8_0,
     TQ1_0,
     TQ2_0,
@@ -23,7 +24,7 @@ BLOCKS: dict[str, Block] = {
     for block in sorted(
         (
             *(Q1_0(), TQ1_0(), TQ2_0(), Q2_0(), Q2_K(), Q3_K(), Q4_0(), Q4_K(), IQ4_NL(), Q4_1()),
-            *(Q5_0(), Q5_K(), Q6_K(), Q8_0()),
+            *(Q5_0(), Q5_K(), Q5_1(), Q6_K(), Q8_0()),
         ),
         key=lambda block: block.bits_per_weight,
     )

@@ -140,12 +140,14 @@ def _as_quantized(decoded: Decoded, scheme: Scheme, file: GgufFile, name: str) -
     """Blocks as codes on a grid. Raises CheckpointError where they do not say what it says."""
     out, inputs = decoded.codes.shape
     groups = scheme.groups(inputs)
+    sub = inputs // decoded.step.shape[1]
+    if decoded.values != scheme.grid.values or (inputs // groups) % sub:
+        raise file.damaged(f"{name} is not on the grid {scheme} that its metadata names")
     steps = decoded.step.view(out, groups, -1)
     scales = steps[..., 0].to(scheme.scale_dtype)
     zeros = _zeros(decoded, groups, scheme.grid)
     top = int(decoded.codes.max())
     same = bool((steps == scales.float().unsqueeze(-1)).all())
-    same = same and decoded.values == scheme.grid.values
     minima = None
     if scheme.grid.minima and decoded.minimum is not None:
         whole = decoded.minimum.view(out, groups, -1)

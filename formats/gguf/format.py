@@ -87,7 +87,7 @@ class Gguf(Format):
             for grid in block.holds
             if options.block in (None, block.name)
             and options.bits in (None, block.width)
-            and (_shares(scheme, block) if tied else group % block.size == 0)
+            and (_shares(scheme, block) if tied else group % block.size == 0 and not grid.minima)
             and scheme.grid.factor_into(grid)
         ]
         if not fitting and options.allow_lossy and options.block == "Q4_1":

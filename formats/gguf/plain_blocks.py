@@ -1,5 +1,7 @@
 """Block types with one scale a block. Layouts are those of ggml (ggml-common.h, ggml-quants.c)."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from qexport.formats.gguf.block import (
 from qexport.grid import BINARY, INT4, INT5, INT8, TERNARY, UINT2, Grid
 from qexport.grid import IQ4_NL as CODEBOOK
 
-__all__ = ["IQ4_NL", "Q1_0", "Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "TQ1_0", "TQ2_0"]
+__all__ = ["IQ4_NL", "Q1_0", "Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0"]
 
 
 class Q1_0(Block):
@@ -111,19 +113,24 @@ class Q4_0(Block):
         return Decoded(rows(unplanes(raw[..., 2:], 4, 2)), floats(raw[..., :2]), 8.0)
 
 
-class IQ4_NL(Block):
+class IQ4_NL(Q4_0):
     """Q4_0 with a codebook."""
 
-    name, id, file_type, size, bytes, sub = "IQ4_NL", 20, 25, 32, 18, 32
+    name, id, file_type = "IQ4_NL", 20, 25
     holds, natural = (CODEBOOK,), CODEBOOK
 
-    def encode(self, grid: Grid, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
-        stream = planes(codes.reshape(*codes.shape[:2], 2, 16), 4)
-        return torch.cat((halves(scales), stream), dim=-1)
-
     def decode(self, raw: Tensor) -> Decoded:
-        codes = rows(unplanes(raw[..., 2:], 4, 2))
-        return Decoded(codes, floats(raw[..., :2]), values=CODEBOOK.values)
+        return replace(super().decode(raw), zero=None, values=CODEBOOK.values)
+
+
+def _step_and_minimum(grid: Grid, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """Two float16 of a block, as bytes [out, blocks, 4]."""
+    no_negative(scales)
+    zero = grid.middle if zeros is None else zeros.float()
+    minimum = (scales.float() * -zero).to(torch.float16)
+    if not bool(minimum.isfinite().all()):
+        raise ValueError("a scale is too large for a float16 minimum")
+    return torch.cat((halves(scales), halves(minimum)), dim=-1)
 
 
 class Q4_1(Block):
@@ -133,13 +140,8 @@ class Q4_1(Block):
     holds, natural = (INT4,), None
 
     def encode(self, grid: Grid, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
-        no_negative(scales)
-        zero = grid.middle if zeros is None else zeros.float()
-        minimum = (scales.float() * -zero).to(torch.float16)
-        if not bool(minimum.isfinite().all()):
-            raise ValueError("a scale is too large for a float16 minimum")
         stream = planes(codes.reshape(*codes.shape[:2], 2, 16), 4)
-        return torch.cat((halves(scales), halves(minimum), stream), dim=-1)
+        return torch.cat((_step_and_minimum(grid, scales, zeros), stream), dim=-1)
 
     def decode(self, raw: Tensor) -> Decoded:
         codes = rows(unplanes(raw[..., 4:], 4, 2))
@@ -153,15 +155,37 @@ class Q5_0(Block):
     holds, natural = (INT5,), INT5
 
     def encode(self, grid: Grid, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
-        out, blocks, _ = codes.shape
-        high = bits.pack((codes >> 4).view(-1, self.size), 1).view(out, blocks, 4)
-        low = planes((codes & 15).view(out, blocks, 2, 16), 4)
-        return torch.cat((halves(scales), high, low), dim=-1)
+        return torch.cat((halves(scales), _five_bits(codes)), dim=-1)
 
     def decode(self, raw: Tensor) -> Decoded:
-        high = bits.unpack(raw[..., 2:6].reshape(-1, 4), 1, self.size).view(raw.shape[0], -1)
-        low = rows(unplanes(raw[..., 6:], 4, 2))
-        return Decoded(low | high << 4, floats(raw[..., :2]), 16.0)
+        return Decoded(_of_five_bits(raw[..., 2:]), floats(raw[..., :2]), 16.0)
+
+
+class Q5_1(Block):
+    """Q4_1 with the fifth bits apart."""
+
+    name, id, file_type, size, bytes, sub = "Q5_1", 7, 9, 32, 24, 32
+    holds, natural = (INT5,), None
+
+    def encode(self, grid: Grid, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+        return torch.cat((_step_and_minimum(grid, scales, zeros), _five_bits(codes)), dim=-1)
+
+    def decode(self, raw: Tensor) -> Decoded:
+        codes = _of_five_bits(raw[..., 4:])
+        return Decoded(codes, floats(raw[..., :2]), None, -floats(raw[..., 2:4]))
+
+
+def _five_bits(codes: Tensor) -> Tensor:
+    """uint8 [out, blocks, 32] as bytes [out, blocks, 20]: the fifth bits, then the others."""
+    out, blocks, size = codes.shape
+    high = bits.pack((codes >> 4).view(-1, size), 1).view(out, blocks, 4)
+    return torch.cat((high, planes((codes & 15).view(out, blocks, 2, 16), 4)), dim=-1)
+
+
+def _of_five_bits(raw: Tensor) -> Tensor:
+    """Undo `_five_bits`, to [out, in]."""
+    high = bits.unpack(raw[..., :4].reshape(-1, 4), 1, 32).view(raw.shape[0], -1)
+    return rows(unplanes(raw[..., 4:], 4, 2)) | high << 4
 
 
 class Q8_0(Block):

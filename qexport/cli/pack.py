@@ -65,6 +65,7 @@ def command(
     """
     # torch reads it as it allocates for the first time: pages of 2 MiB, a fifth less time
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    from qexport.experts import expert_of
     from qexport.formats import Options, format_named, open_checkpoint
     from qexport.formats.card import vllm_reads
     from qexport.formats.pack import holdings, pack, plan
@@ -93,4 +94,5 @@ def command(
         f"({report.bits_per_weight:.4g} bits per weight)"
     )
     click.echo(report.verification.describe())
-    click.echo(vllm_reads(format, report.verdicts))
+    experts = any(map(expert_of, source.modules))
+    click.echo(vllm_reads(format, report.verdicts, experts=experts))

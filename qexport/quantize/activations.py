@@ -1,8 +1,8 @@
 """What the layers of a block see of the calibration text, and errors of their outputs by it."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ class Passage:
     inputs   of the block
     rows     batches of windows, in order
     kept     a folder for inputs of layers that are settled, see `look`
+    shared   whether other processes have other parts of the text
     """
 
     def __init__(
@@ -84,16 +85,19 @@ class Passage:
         rows: Sequence[slice],
         precision: str,
         kept: Path | None = None,
+        *,
+        shared: bool = True,
     ) -> None:
         self.block = block
         self.name = blocks.name(index)
         self.count = rows[-1].stop
         self.device = next(block.parameters()).device
         self.index = index
-        self._blocks = blocks
+        self._blocks, self._shared = blocks, shared
         self._inputs, self._rows, self._precision = inputs, rows, precision
         self._kept = kept
         self._settled: dict[str, Stream] = {}  # by a layer's name
+        self._twice = bool(block._forward_hooks)  # by which MobileLLM's blocks run again
 
     def run(self, rows: slice | Tensor) -> Tensor:
         """The block's output for some windows: [rows, length, hidden]."""
@@ -122,62 +126,51 @@ class Passage:
         before the layer named is `settled`, its inputs are kept, and later passes begin with them
         if it ends a part of the block. Raises QexportError for inputs that are not finite.
         """
-        layers: dict[str, Any] = {name: self.block.get_submodule(name) for name in names}
-        found = {
-            name: Seen(
-                torch.zeros(layer.in_features, layer.in_features, device=self.device),
-                torch.zeros(layer.in_features, device=self.device),
-            )
-            for name, layer in layers.items()
-        }
-        counts = torch.zeros(len(names) + 1, device=self.device, dtype=torch.float64)
-        stops = expert_of(names[-1]) is None
-        keeps = settled and self._kept is not None and names[-1] in _ENDS
-        rows, kept = self._rows[0], dict[str, Stream]()
+        watches = {name: _Watch(self.block.get_submodule(name)) for name in names}
+        last = names[-1]
+        stops = expert_of(last) is None and not self._twice
+        keeps = settled and self._kept is not None and last in _ENDS and not self._twice
+        kept: Stream | None = None
+        for rows in self._rows:
+            with contextlib.ExitStack() as stack:
+                for name, watch in watches.items():
+                    stack.enter_context(watch.on(stops and name == last))
+                stack.enter_context(contextlib.suppress(_Enough))
+                stack.enter_context(self._shortened(rows))
+                self.run(rows)
+            if keeps:
+                inputs = watches[last].latest
+                kept = kept or self._stream(last, inputs)
+                kept.write(rows, inputs)
+        if kept is not None:
+            self._settled[last] = kept  # not before: this pass had to be made whole
+        return self._told(watches)
 
-        def watch(number: int, name: str, last: bool) -> Any:
-            def add(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-                seen = given[0].flatten(0, -2).float()
-                counts[number] += len(seen)
-                _add_outer(found[name].hessian, seen)
-                found[name].largest.copy_(torch.maximum(found[name].largest, seen.abs().amax(0)))
-                if last and keeps:
-                    if name not in kept:
-                        kept[name] = self._stream(name, given[0])
-                    kept[name].write(rows, given[0])
-                if last:
-                    raise _Enough
+    def forget(self) -> None:
+        """Begin passes with the block's inputs again: layers are about to change, or done with."""
+        for stream in self._settled.values():
+            stream.remove()
+        self._settled.clear()
 
-            return layers[name].register_forward_pre_hook(add)
-
-        hooks = [watch(n, name, stops and name == names[-1]) for n, name in enumerate(names)]
-        try:
-            for rows in self._rows:
-                counts[-1] += (rows.stop - rows.start) * self._inputs.length
-                with contextlib.suppress(_Enough), self._shortened(rows):
-                    self.run(rows)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        self._settled |= kept  # not before: this pass had to be made whole
-        *tokens, total = summed(counts).tolist()
-        for name, seen in found.items():
-            seen.hessian.copy_(seen.hessian.triu() + seen.hessian.triu(1).T)
-            summed(seen.hessian)
-            largest(seen.largest)
-            if not bool(seen.hessian.diagonal().isfinite().all()):
+    def _told(self, watches: "Mapping[str, _Watch]") -> dict[str, Seen]:
+        """What was seen, by all processes."""
+        counts = [watch.tokens for watch in watches.values()]
+        counts.append(self.count * self._inputs.length)
+        told = torch.tensor(counts, dtype=torch.float64, device=self.device)
+        *tokens, total = (summed(told) if self._shared else told).tolist()
+        found = {}
+        for (name, watch), own in zip(watches.items(), tokens, strict=True):
+            hessian = watch.hessian.triu() + watch.hessian.triu(1).T
+            if self._shared:
+                summed(hessian)
+                largest(watch.largest)
+            if not bool(hessian.diagonal().isfinite().all()):
                 raise QexportError(
                     f"the inputs of {self.name}{name} are not finite (NaN or infinite); check the "
                     "model, or choose --precision fp32."
                 )
-        told = zip(found.items(), tokens, strict=True)
-        return {
-            name: replace(seen, tokens=int(own), share=own / total) for (name, seen), own in told
-        }
-
-    def forget(self) -> None:
-        """Begin passes with the block's inputs again: layers are about to change."""
-        self._settled.clear()
+            found[name] = Seen(hessian, watch.largest, int(own), own / total)
+        return found
 
     def _stream(self, name: str, inputs: Tensor) -> Stream:
         """For a layer's inputs, of which these [n, length, in] are some."""
@@ -196,6 +189,37 @@ class Passage:
                 module.forward = partial(last, layer, partial(stream.stored, rows), self.device)
                 stack.callback(delattr, module, "forward")
             yield
+
+
+class _Watch:
+    """Gathers what a linear layer sees."""
+
+    def __init__(self, layer: Any) -> None:
+        device = layer.weight.device
+        self._layer = layer
+        self.hessian = torch.zeros(layer.in_features, layer.in_features, device=device)
+        self.largest = torch.zeros(layer.in_features, device=device)
+        self.tokens = 0
+        self.latest = torch.empty(0)
+
+    @contextlib.contextmanager
+    def on(self, stops: bool) -> Iterator[None]:
+        """While a batch passes; it need go no further if `stops`."""
+
+        def add(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            self.latest = given[0]
+            seen = given[0].flatten(0, -2).float()
+            self.tokens += len(seen)
+            _add_outer(self.hessian, seen)
+            self.largest = torch.maximum(self.largest, seen.abs().amax(0))
+            if stops:
+                raise _Enough
+
+        hook = self._layer.register_forward_pre_hook(add)
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 def _end_of_attention(

@@ -65,7 +65,7 @@ def quantize_block(
         assert passage is not None
         changed = _equalize(config, block, schemes, stored, passage)
     roundings, report = _round(config, name, block, schemes, passage)
-    if method.learned:
+    if method.learned and roundings:
         assert passage is not None
         assert targets is not None
         passage.forget()
@@ -119,14 +119,14 @@ def _round(
     found: dict[str, Rounding] = {}
     report: dict[str, dict[str, Any]] = {}
     seen: dict[str, Seen] = {}
-    order = stages(schemes)
+    wanted = [[g for g in each if any(n in schemes for n in g)] for each in stages(schemes)]
+    order = [groups for groups in wanted if groups]
     for stage in order:
-        groups = [group for group in stage if any(name in schemes for name in group)]
-        if passage is not None and config.true_sequential and groups:
-            seen = passage.look([group[0] for group in groups], settled=True)
+        if passage is not None and config.true_sequential:
+            seen = passage.look([group[0] for group in stage], settled=True)
         elif passage is not None and not seen:
             seen = passage.look([group[0] for each in order for group in each])
-        for group in groups:
+        for group in stage:
             mine = [name for name in group if name in schemes]
             own = _enough(config, prefix, group[0], seen.get(group[0]))
             by_gptq = [name for name in mine if config.rounding_of(prefix + name) == "gptq"]

@@ -219,15 +219,19 @@ class QuantizeConfig:
         """By the name of a layer; None where it stays dense."""
         rule = rule_of(layer, self._rules)
         if rule is not None:
-            group_size = self.group_size if rule.group_size == 0 else rule.group_size
-            return None if rule.bits == _DENSE else self._scheme(rule.bits, group_size)
+            if rule.bits == _DENSE:
+                return None
+            if rule.group_size == 0:
+                return self._scheme(rule.bits, self.group_size)
+            return self._scheme(rule.bits, rule.group_size, plain=True)
         if not is_selected(layer, self.include, self.exclude):
             return None
         return self._scheme(self.bits, self.group_size)
 
-    def _scheme(self, bits: str, group_size: int | None) -> Scheme:
+    def _scheme(self, bits: str, group_size: int | None, *, plain: bool = False) -> Scheme:
+        """Of a width; `plain` ones are no K-quants, whatever the method."""
         name = self.grid if bits == self.bits else None
-        if self.method == "kquant" and group_size is None and bits in _K_GRIDS:
+        if self.method == "kquant" and not plain and bits in _K_GRIDS:
             block = _K_GRIDS[bits]
             return Scheme(block.grid, block.group_size, torch.float32, block)
         if self.method == "nf4" and bits == self.bits:

@@ -27,7 +27,7 @@ from qexport.layers import quantized_modules
 from qexport.modelling import build_model, load_tokenizer, meta_model
 from qexport.output import disk_errors, mark, write_json
 from qexport.precision import precision_of
-from qexport.quantize.activations import STAGES, Passage
+from qexport.quantize.activations import STAGES, Passage, stages
 from qexport.quantize.block import quantize_block
 from qexport.quantize.calibration import calibration_windows
 from qexport.quantize.config import METHODS, QuantizeConfig
@@ -114,6 +114,8 @@ def _prepared(config: QuantizeConfig, source: Checkpoint, console: Console) -> _
     if not modules:
         raise InputError("no layer is left to be quantized.")
     check_names(source, plan)
+    for name in _beside(modules):
+        raise InputError(f"{name} is in no part of a block that is quantized here; --exclude it.")
     if config.target_bpw is not None and any(map(expert_of, modules)):
         raise InputError("--target-bpw is not for mixtures of experts yet; use --module-bits.")
     windows = None
@@ -128,6 +130,22 @@ def _prepared(config: QuantizeConfig, source: Checkpoint, console: Console) -> _
         if context is not None and config.length > context:
             raise InputError(f"--length {config.length} is beyond the context of {context}.")
     return _Job(source, modules, stored_dtype(source), windows)
+
+
+def _beside(modules: Modules) -> list[str]:
+    """Layers that no stage of their block has: an expert that all tokens share, say."""
+    blocks: dict[str, list[str]] = {}
+    for name in modules:
+        block = ".".join(name.split(".")[:3]) + "."  # as in model.layers.0.
+        blocks.setdefault(block, []).append(name.removeprefix(block))
+    staged = {
+        block + name
+        for block, layers in blocks.items()
+        for stage in stages(layers)
+        for group in stage
+        for name in group
+    }
+    return [name for name in modules if name not in staged]
 
 
 def _announce(console: Console, config: QuantizeConfig, job: _Job) -> None:
@@ -241,6 +259,8 @@ class _Quantizer:
         )
         if passage is not None and index + 1 < len(self._blocks):
             passage.write(self._stream("quantized", index + 1))
+        if passage is not None:
+            passage.forget()
         tensors = {prefix + name: value for name, value in result.dense.items()}
         for name, tensor in result.layers.items():
             tensors |= code_tensors(prefix + name, tensor)

@@ -91,7 +91,7 @@ def train_blocks(
     def passage(kind: str, index: int, block: nn.Module, count: int) -> Passage:
         rows = list(parts(count, settings.batch_size))
         how = (stream(kind, index), rows, settings.precision, folder)
-        return Passage(blocks, index, block, *how)
+        return Passage(blocks, index, block, *how, shared=False)  # one process does all of it
 
     if done == 0:
         for kind in ("dense", "quantized"):
@@ -193,6 +193,7 @@ def _compensate(passage: Passage) -> None:
             reader.alpha.copy_(initial_alpha(master, reader.scheme, "mse", weights))
             fit = Fit(effective_scale(reader.alpha, reader.scheme))
             master.copy_(compensate(master, seen, fit, reader.scheme))
+    passage.forget()
 
 
 def _train(passage: Passage, targets: Stream, settings: BlockSettings) -> tuple[float, float]:

@@ -52,6 +52,8 @@ class HummingKernel(Kernel):
         return self.refuses_scheme(scheme, shape)
 
     def refuses_scheme(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        if not scheme.grid.uniform:
+            return f"{scheme.grid.name} is not a uniform grid"
         if scheme.scale_dtype == torch.float32:
             return "its scales have 16 bits, and these have 32"
         if any(size % _MULTIPLE for size in shape):

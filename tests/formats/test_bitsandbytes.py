@@ -149,6 +149,7 @@ def test_what_it_refuses() -> None:
         ({"blocksize": 48}, "run over the ends"),
         ({"nested_offset": "nan"}, "its nested_offset"),
         ({"nested_blocksize": 0}, "its nested_blocksize"),
+        ({"nested_blocksize": 2**70}, "its nested_blocksize"),
     ],
 )
 def test_damage(
@@ -165,6 +166,28 @@ def test_damage(
     (tmp_path / "config.json").write_text((out / "config.json").read_text())
     with pytest.raises(CheckpointError, match=said):
         open_checkpoint(tmp_path).quantized(f"{NAME}.weight")
+
+
+def test_scales_that_are_not_doubled(packed: tuple[Path, Path], tmp_path: Path) -> None:
+    """A native file in which no code of a block is 255; a block size beyond all scales."""
+    run, out = packed
+    if not open_checkpoint(run).modules[NAME][0].double_quant:
+        pytest.skip("its scales are float32")
+    pack(open_checkpoint(run), FORMATS["native"], tmp_path / "native")
+    path = tmp_path / "native" / "model.safetensors"
+    tensors = load_file(path)
+    tensors[f"{NAME}.scales"].clamp_(max=254)
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match="not those of a double quantization"):
+        open_checkpoint(tmp_path / "native").quantized(f"{NAME}.weight")
+    tensors = load_file(out / "model.safetensors")
+    key = f"{NAME}.weight.quant_state.bitsandbytes__nf4"
+    state = {**json.loads(bytes(tensors[key].tolist())), "nested_blocksize": 2**30}
+    tensors[key] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    tensors[f"{NAME}.weight.nested_absmax"] = torch.ones(1)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((out / "config.json").read_text())
+    assert open_checkpoint(tmp_path).quantized(f"{NAME}.weight").scales.shape[1] == 1
 
 
 def test_another_map_is_damage(packed: tuple[Path, Path], tmp_path: Path) -> None:

@@ -7,13 +7,15 @@ import torch
 import transformers
 from rich.console import Console
 
-from qexport.errors import InputError, QexportError
+from qexport.errors import InputError, QexportError, RefusedError, UnsupportedError
 from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.base import Options
 from qexport.formats.pack import pack
 from qexport.modelling import build_model, meta_model
 from qexport.quantize import quantize_model
+from qexport.quantize.driver import _beside
 from qexport.runtime.loader import open_model
+from qexport.runtime.vllm_server import preflight
 from qexport.tiny import write_tiny_model
 from qexport.train import TrainConfig, train
 from tests.quantize.test_run import config
@@ -101,6 +103,32 @@ def test_experts_that_saw_nothing_can_be_an_error(model: Path, tmp_path: Path) -
     asked = config(model, tmp_path / "run", unseen_experts="error")
     with pytest.raises(QexportError, match=r"layers.0.mlp.experts.\d saw \d+ tokens.*give more"):
         quantize_model(asked, QUIET)
+
+
+def test_parts_of_a_model(model: Path, tmp_path: Path) -> None:
+    """A block alone, and attention alone; a shared expert, which no stage has, is refused."""
+    for number, (said, sequential) in enumerate(
+        (({"include": ("*.layers.0.*",)}, True), ({"exclude": ("*.experts.*",)}, False))
+    ):
+        asked = config(model, tmp_path / str(number), true_sequential=sequential, **said)
+        quantize_model(asked, QUIET)
+        modules = open_checkpoint(tmp_path / str(number)).modules
+        assert len(modules) == (4 + 3 * EXPERTS if sequential else 8)
+    shared = {f"model.layers.0.mlp.{part}.up_proj": 0 for part in ("experts.0", "shared_experts")}
+    assert _beside(shared) == ["model.layers.0.mlp.shared_experts.up_proj"]  # type: ignore[arg-type]
+
+
+def test_what_is_said_of_packed_ones(model: Path, tmp_path: Path) -> None:
+    quantize_model(config(model, tmp_path / "run", method="rtn"), QUIET)
+    pack(open_checkpoint(tmp_path / "run"), FORMATS["native"], tmp_path / "native")
+    card = (tmp_path / "native" / "README.md").read_text()
+    assert "vLLM does not read it" in card and "qexport.hf" not in card
+    with pytest.raises(UnsupportedError, match="experts in this format"):
+        preflight(tmp_path / "native", "auto")
+    quantize_model(config(model, tmp_path / "nf4", method="nf4", group_size=None), QUIET)
+    for name in ("bitsandbytes", "gguf"):
+        with pytest.raises(RefusedError):
+            pack(open_checkpoint(tmp_path / "nf4"), FORMATS[name], tmp_path / name)
 
 
 def test_what_is_not_done_with_them(model: Path, tmp_path: Path) -> None:

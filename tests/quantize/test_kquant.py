@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from qexport.checkpoint import modules_from_json
 from qexport.errors import CheckpointError
 from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.base import Options
@@ -111,6 +112,9 @@ def test_a_run_is_exact_in_gguf_and_native(wide: Path, tmp_path: Path, name: str
 
 def test_minima_are_refused_elsewhere() -> None:
     scheme = scheme_of("Q4_K")
+    for group, dtype in ((None, torch.float16), (256, torch.float32)):  # of no super-block
+        alone = Scheme(scheme.grid, group, dtype)
+        assert FORMATS["gguf"].verdict(alone, (256, 512), Options(allow_lossy=True)).holder is None
     for name, form in FORMATS.items():
         verdict = form.verdict(scheme, (256, 512), Options(allow_lossy=True))
         assert verdict.exact == (name in ("gguf", "native")), name
@@ -140,6 +144,34 @@ def test_minima_that_are_damaged(wide: Path, tmp_path: Path) -> None:
     save_file(tensors, path)
     with pytest.raises(CheckpointError, match="a minimum that is not finite"):
         open_checkpoint(run).quantized(f"{name}.weight")
+
+
+def test_layers_with_groups_of_their_own(wide: Path, tmp_path: Path) -> None:
+    rules = ("*.down_proj=4:-1", "*.q_proj=3:32", "*.k_proj=6")
+    asked = config(
+        wide, tmp_path / "run", method="kquant", bits="4", group_size=None, module_bits=rules
+    )
+    quantize_model(asked, QUIET)
+    found = {
+        name.rpartition(".")[2]: scheme.label
+        for name, (scheme, _) in open_checkpoint(tmp_path / "run").modules.items()
+    }
+    assert found["down_proj"] == "int4 per channel" and found["q_proj"] == "int3 g32"
+    assert found["k_proj"] == "int6 g16 Q6_K" and found["up_proj"] == "kq4 g32 Q4_K"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"minima": False}, "not one this version knows"),
+        ({"double_quant": True}, "not one this version knows"),
+        ({"modules": {"a": [4, 96]}}, "super-blocks of 256 do not fit the 96 inputs of a"),
+    ],
+)
+def test_schemes_that_were_tampered_with(change: dict[str, Any], said: str) -> None:
+    group = {**scheme_of("Q4_K").to_json(), "modules": {"a": [4, 256]}, **change}
+    with pytest.raises(CheckpointError, match=said):
+        modules_from_json({"version": 1, "config_groups": [group]})
 
 
 def test_factors_of_nothing() -> None:

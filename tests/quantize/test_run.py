@@ -181,6 +181,35 @@ def test_damage_names_the_layer(tiny_model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
+def test_signround_of_some_blocks(tiny_model: Path, tmp_path: Path) -> None:
+    """Where nothing is quantized nothing is learned."""
+    asked = config(tiny_model, tmp_path / "run", method="signround", include=("*.layers.0.*",))
+    assert len(quantize_model(asked, QUIET)["layers"]) == 7
+
+
+def test_activations_that_are_gone(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was killed does not go on with zeros."""
+    asked = config(tiny_model, tmp_path / "run")
+    original = quantize_model.__globals__["quantize_block"]
+    calls = []
+
+    def once(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setitem(quantize_model.__globals__, "quantize_block", once)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(asked, QUIET)
+    (stream,) = asked.output.glob(".blocks/quantized-1-0.bin")
+    stream.unlink()
+    with pytest.raises(QexportError, match="gone or cut short; give --no-resume"):
+        quantize_model(asked, QUIET)
+
+
 def test_inputs_that_are_never_active(tiny_model: Path, tmp_path: Path) -> None:
     """A dead column's weights are rounded to nearest; nothing else is disturbed."""
 

@@ -63,6 +63,14 @@ def int8_bound(held: QuantizedTensor, x: Tensor) -> Tensor:
     return steps.double() @ held.dequantize().double().abs().T * 1.001 + 1e-5
 
 
+@pytest.mark.parametrize("name", [name for name, grid in GRIDS.items() if not grid.uniform])
+def test_grids_that_are_not_uniform_are_for_the_reference_alone(name: str) -> None:
+    for dtype in (torch.float16, torch.float32):
+        for kernel in KERNELS.values():
+            reason = kernel.refuses_scheme(Scheme(GRIDS[name], 64, dtype), (256, 256))
+            assert (reason is None) == (kernel.name == "reference"), kernel.name
+
+
 @pytest.mark.parametrize(
     "grid", [grid for grid in GRIDS.values() if grid.uniform], ids=lambda grid: grid.name
 )

@@ -28,7 +28,12 @@ def options(output: Path, batch_size: int) -> list[str]:
     settings = {
         **{"--data": "builtin", "--bits": "2", "--group-size": "32", "--max-steps": str(STEPS)},
         **{"--max-length": "64", "--precision": "fp32", "--lr": "1e-3", "--save-steps": "4"},
-        **{"--batch-size": str(batch_size), "--distill": "0.5", "--block-epochs": "1"},
+        **{
+            "--batch-size": str(batch_size),
+            "--distill": "0.5",
+            "--block-epochs": "1",
+            "--block-compensated": "4",
+        },
         **{"--block-windows": "8", "--log-steps": "1", "-o": str(output)},
     }
     return [part for pair in settings.items() for part in pair]
