@@ -18,7 +18,7 @@ from benchmarks.decode import dense_model
 from benchmarks.machine import record
 from qexport.checkpoint import weight_files
 
-SAMPLES, LENGTH = 32, 512
+SAMPLES, LENGTH = 16, 512
 
 
 def main() -> None:

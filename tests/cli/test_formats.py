@@ -29,7 +29,7 @@ def test_the_table(cli: Cli) -> None:
     assert cli("formats", "--in-features", "0").returncode == 2
 
 
-@pytest.mark.parametrize("form", sorted(set(FORMATS) - {"int-quantized"}))
+@pytest.mark.parametrize("form", sorted(set(FORMATS) - {"int-quantized", "bitsandbytes"}))
 def test_a_card_and_the_verdicts_stand_beside_the_weights(
     cli: Cli, runs: Runs, tmp_path: Path, form: str
 ) -> None:

@@ -69,7 +69,16 @@ def holds(wide: Grid, values: set[float]) -> bool:
     )
 
 
-@pytest.mark.parametrize(("narrow", "wide"), list(itertools.product(GRIDS.values(), repeat=2)))
+UNIFORM = [grid for grid in GRIDS.values() if grid.uniform]
+
+
+def test_grids_that_are_not_uniform_embed_in_themselves_alone() -> None:
+    for narrow, wide in itertools.product(GRIDS.values(), repeat=2):
+        if not (narrow.uniform and wide.uniform):
+            assert narrow.factor_into(wide) == (1 if narrow == wide else None)
+
+
+@pytest.mark.parametrize(("narrow", "wide"), list(itertools.product(UNIFORM, repeat=2)))
 def test_an_embedding_keeps_every_value_and_none_is_missed(narrow: Grid, wide: Grid) -> None:
     tensor = every_code(narrow)
     if narrow.factor_into(wide) is not None:
