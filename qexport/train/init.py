@@ -13,14 +13,12 @@ from qexport.blocks import Blocks
 from qexport.checkpoint import Checkpoint, module_of, open_source
 from qexport.errors import InputError
 from qexport.output import write_json
-from qexport.paretoq import WIDTHS, effective_scale, width_of
+from qexport.paretoq import effective_scale, width_of
 from qexport.train.block import DONE
 from qexport.train.config import TrainConfig
 from qexport.train.prepare import FakeQuantize, prepare
 
 __all__ = ["check_init", "start_from"]
-
-_TRAINED = [width.grid for width in WIDTHS.values()]
 
 
 def check_init(config: TrainConfig, source: Checkpoint, modules: Any) -> None:
@@ -34,7 +32,7 @@ def check_init(config: TrainConfig, source: Checkpoint, modules: Any) -> None:
     theirs = init.modules
     for module in {**modules, **theirs}:
         wanted, found = modules.get(module), theirs.get(module)
-        if found is not None and found[0].grid not in _TRAINED:
+        if found is not None and not found[0].grid.uniform:
             raise InputError(
                 f"--init {config.init}: {module} is {found[0]}, a grid that is not trained."
             )

@@ -110,6 +110,14 @@ def test_a_run_is_exact_in_gguf_and_native(wide: Path, tmp_path: Path, name: str
     assert name in str(pack(source, FORMATS["gguf"], tmp_path / "again").held)
 
 
+def test_they_are_not_trained(wide: Path, tmp_path: Path, cli: Cli) -> None:
+    run = tmp_path / "run"
+    quantize_model(config(wide, run, method="kquant", bits="4", group_size=None), QUIET)
+    common = ("train", wide, "--data", "builtin", "--bits", 4, "--group-size", 32)
+    result = cli(*common, "--init", run, "-o", tmp_path / "trained")
+    assert result.returncode == 2 and "a grid that is not trained" in result.stderr
+
+
 def test_minima_are_refused_elsewhere() -> None:
     scheme = scheme_of("Q4_K")
     for group, dtype in ((None, torch.float16), (256, torch.float32)):  # of no super-block
