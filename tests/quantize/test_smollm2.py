@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.demo import fetch
 from qexport.blocks import Blocks, Stream
 from qexport.data import documents, tokenize, windows
 from qexport.formats import open_checkpoint
@@ -26,12 +25,9 @@ ROWS = [slice(0, WINDOWS)]
 
 
 @pytest.fixture(scope="module")
-def passage(tmp_path_factory: pytest.TempPathFactory) -> Passage:
+def passage(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Passage:
     """Text that passes through the second block of SmolLM2."""
-    try:
-        model = fetch()
-    except Exception as error:
-        pytest.skip(f"SmolLM2 cannot be fetched here: {error}")
+    model = smollm2
     folder = tmp_path_factory.mktemp("streams")
     tokenizer = load_tokenizer(model)
     text = tokenize(list(documents("builtin", "calibration", tokenizer)), tokenizer)

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.demo import fetch
 from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.pack import pack
 from qexport.runtime.generator import Sampling
@@ -46,11 +45,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def model() -> Path:
-    try:
-        return fetch()
-    except Exception as error:
-        pytest.skip(f"SmolLM2 cannot be fetched here: {error}")
+def model(smollm2: Path) -> Path:
+    return smollm2
 
 
 def test_greedy_text_is_transformers(model: Path, tmp_path: Path) -> None:
