@@ -28,7 +28,7 @@ from benchmarks.machine import place, record
 from qexport.data import documents, tokenize
 from qexport.evaluate import evaluate
 from qexport.runtime.loader import open_model
-from qexport.train import TrainConfig, train
+from qexport.training import TrainConfig, train
 
 NAME = "accuracy-smollm2"
 WIDTHS = ("4", "3", "2", "1.58", "1")

@@ -21,7 +21,7 @@ from qexport.checkpoint import open_source
 from qexport.grid import Scheme
 from qexport.modelling import build_model
 from qexport.paretoq import WIDTHS
-from qexport.train.prepare import prepare
+from qexport.training.prepare import prepare
 
 WINDOW = 256
 GROUP = 64

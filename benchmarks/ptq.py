@@ -34,8 +34,8 @@ from qexport.evaluate import evaluate
 from qexport.formats import open_checkpoint
 from qexport.grid import K_QUANTS
 from qexport.modelling import load_tokenizer
-from qexport.quantize import QuantizeConfig, quantize_model
-from qexport.quantize.calibration import calibration_windows
+from qexport.quantization import QuantizeConfig, quantize_model
+from qexport.quantization.calibration import calibration_windows
 from qexport.runtime.loader import open_model
 
 NAME = "ptq-smollm2"

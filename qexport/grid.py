@@ -174,7 +174,7 @@ class SuperBlock:
 _Q3_K = SuperBlock("Q3_K", INT3, 256, 16, 31, -32)
 # whose scales can be portable: of grids that are trained
 SUPER_BLOCKS = {"Q2_K": SuperBlock("Q2_K", SEQ2, 256, 16, 15), "Q3_K": _Q3_K}
-# all that they can hold, in float32: see `qexport.quantize.kquant`
+# all that they can hold, in float32: see `qexport.quantization.kquant`
 K_QUANTS = {
     "Q2_K": SuperBlock("Q2_K", KQ2, 256, 16, 15),
     "Q3_K": _Q3_K,

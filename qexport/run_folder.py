@@ -27,6 +27,7 @@ from qexport.stream import FileWriter
 __all__ = [
     "BLOCKS",
     "TEACHER",
+    "as_given",
     "claimed",
     "finished",
     "held_out_results",
@@ -36,6 +37,18 @@ __all__ = [
 ]
 
 BLOCKS, TEACHER = ".blocks", ".teacher"  # folders of what a resumed run need not do again
+
+
+def as_given(config: Any) -> None:
+    """Let settings be given as on the command line: text for paths, 2 for "2", -1 per channel."""
+    plain: dict[str, Any] = {
+        "model": Path(config.model),
+        "output": Path(config.output),
+        "bits": str(config.bits),
+        "group_size": None if config.group_size == -1 else config.group_size,
+    }
+    for name, value in plain.items():
+        object.__setattr__(config, name, value)  # the settings are frozen from then on
 
 
 def finished(run: Path, identity: dict[str, Any], *, resume: bool) -> dict[str, Any] | None:

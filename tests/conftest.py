@@ -22,7 +22,7 @@ with warnings.catch_warnings():  # what other packages warn of while they are im
 
 from benchmarks.demo import fetch
 from qexport.tiny import write_tiny_model
-from qexport.train import TrainConfig, train
+from qexport.training import TrainConfig, train
 from tests.forked_cli import call
 
 WIDTHS = ("1", "1.58", "2", "3", "4")

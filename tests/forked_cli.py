@@ -16,7 +16,7 @@ __all__ = ["call"]
 _PRELOADED = [
     *("torch", "transformers", "safetensors.torch", "datasets", "accelerate", "rich.progress"),
     *("torch.utils.tensorboard", "transformers.models.llama.modeling_llama"),
-    *("qexport.train", "qexport.evaluate", "qexport.formats.pack", "qexport.formats.verify"),
+    *("qexport.training", "qexport.evaluate", "qexport.formats.pack", "qexport.formats.verify"),
     "qexport.runtime.serving",
 ]
 _SECONDS = 300

@@ -26,7 +26,7 @@ from rich.console import Console
 from qexport.errors import QexportError
 from qexport.formats import FORMATS, Options, open_checkpoint
 from qexport.formats.pack import pack
-from qexport.quantize import QuantizeConfig, quantize_model
+from qexport.quantization import QuantizeConfig, quantize_model
 from qexport.tiny import write_tiny_model
 from tests.formats.models import decoder_layer, taken_by
 

@@ -29,7 +29,7 @@ A run that was killed goes on with its next block when the same command is given
 class _QuantizeCommand(Command):
     def recipe(self, values: Mapping[Any, Any]) -> Mapping[Any, Any]:
         """msModelSlim's recipes, and GPTQ's and AWQ's names."""
-        from qexport.quantize.recipe import options_of
+        from qexport.quantization.recipe import options_of
 
         return options_of(values, partial(click.echo, err=True))
 
@@ -97,15 +97,14 @@ def command(model: str, dry_run: bool, as_json: bool, **options: Any) -> None:
     from dataclasses import fields
 
     from qexport.hub import local_folder
-    from qexport.quantize import GptqOptions, QuantizeConfig, SignRoundOptions, quantize_model
+    from qexport.quantization import GptqOptions, QuantizeConfig, SignRoundOptions, quantize_model
     from qexport.ranks import is_main
 
-    group_size = _complete(options)
+    _complete(options)
     own = {name.name: options.pop(name.name) for name in fields(GptqOptions)}
     learning = {name: options.pop(name) for name in ("iterations", "lr")}
     config = QuantizeConfig(
         model=local_folder(model),
-        group_size=group_size,
         gptq=GptqOptions(**own),
         signround=SignRoundOptions(**learning),
         **options,
@@ -124,11 +123,11 @@ def command(model: str, dry_run: bool, as_json: bool, **options: Any) -> None:
         )
 
 
-def _complete(options: dict[str, Any]) -> int | None:
-    """Set `bits` where something else says them; returns the size of groups, None per channel."""
+def _complete(options: dict[str, Any]) -> None:
+    """Set `bits` and `group_size` where something else says them."""
     from qexport.selection import target_bits
 
-    target, method, group_size = options["target"], options["method"], options.pop("group_size")
+    target, method = options["target"], options["method"]
     if method == "nf4":
         options["bits"] = options["bits"] or "4"
     if (options["bits"] is None) == (options["target_bpw"] is None and target is None):
@@ -138,6 +137,5 @@ def _complete(options: dict[str, Any]) -> int | None:
     if target is not None:
         options["bits"] = target_bits(target)
     options["bits"] = options["bits"] or "4"
-    if group_size is None:
-        return 64 if method == "nf4" else None
-    return None if group_size == -1 else int(group_size)
+    if options["group_size"] is None and method == "nf4":
+        options["group_size"] = 64

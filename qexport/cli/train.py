@@ -147,16 +147,11 @@ def command(model: str | None, smoke: bool, dry_run: bool, as_json: bool, **opti
     from qexport.hub import local_folder
     from qexport.ranks import is_main
     from qexport.selection import target_bits
-    from qexport.train import TrainConfig, train
+    from qexport.training import TrainConfig, train
 
     assert model is not None
     options["bits"] = options["bits"] or target_bits(options["target"])
-    group_size = options.pop("group_size")
-    config = TrainConfig(
-        model=local_folder(model),
-        group_size=None if group_size == -1 else group_size,
-        **options,
-    )
+    config = TrainConfig(model=local_folder(model), **options)
     results = train(config, progress_console(), dry_run=dry_run)
     if not is_main():
         return
@@ -187,7 +182,7 @@ def _smoke(as_json: bool) -> None:
     from qexport.formats import format_named, open_checkpoint
     from qexport.formats.pack import pack
     from qexport.tiny import write_tiny_model
-    from qexport.train import TrainConfig, train
+    from qexport.training import TrainConfig, train
 
     with tempfile.TemporaryDirectory(prefix="qexport-smoke-") as name:
         folder = Path(name)

@@ -18,7 +18,7 @@ from qexport.formats.base import Options
 from qexport.formats.pack import pack
 from qexport.formats.verify import verify
 from qexport.grid import INT4, NF4, Scheme
-from qexport.quantize import quantize_model
+from qexport.quantization import quantize_model
 from qexport.runtime.loader import open_model
 from qexport.runtime.vllm_server import preflight
 from tests.quantize.test_run import config

@@ -17,7 +17,7 @@ from qexport.formats import open_checkpoint
 from qexport.grid import GRIDS, Scheme
 from qexport.output import write_json
 from qexport.tensor import QuantizedTensor, portable, quantize
-from qexport.train import TrainConfig, train
+from qexport.training import TrainConfig, train
 from tests.shard_writer import ShardWriter
 
 __all__ = ["dense_twin", "rounded", "smollm2", "trained"]

@@ -18,7 +18,7 @@ from qexport.modelling import load_tokenizer
 from qexport.runtime.loader import load_model
 from qexport.tensor import QuantizedTensor
 from qexport.tiny import write_tiny_model
-from qexport.train import TrainConfig, train
+from qexport.training import TrainConfig, train
 from tests.oracle.install import FOLDER
 from tests.oracle.marks import REAL_MODELS
 from tests.oracle.models import rounded, smollm2, trained

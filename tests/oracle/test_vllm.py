@@ -14,9 +14,9 @@ from qexport.data import documents
 from qexport.formats import FORMATS, Options, open_checkpoint
 from qexport.formats.pack import pack
 from qexport.modelling import load_tokenizer
-from qexport.quantize import QuantizeConfig, quantize_model
+from qexport.quantization import QuantizeConfig, quantize_model
 from qexport.tiny import write_tiny_model
-from qexport.train import TrainConfig, train
+from qexport.training import TrainConfig, train
 from tests.oracle.install import FOLDER
 from tests.oracle.marks import REAL_MODELS
 from tests.oracle.models import dense_twin, smollm2

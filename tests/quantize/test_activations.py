@@ -8,7 +8,7 @@ import torch
 from qexport.blocks import Blocks, Stream
 from qexport.errors import QexportError
 from qexport.formats import open_checkpoint
-from qexport.quantize.activations import STAGES, Passage, Seen
+from qexport.quantization.activations import STAGES, Passage, Seen
 from tests.runtime.families import FAMILIES
 from tests.train.test_families import source
 

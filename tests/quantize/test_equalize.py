@@ -12,12 +12,12 @@ from qexport.blocks import Blocks
 from qexport.formats import open_checkpoint
 from qexport.grid import GRIDS, Scheme
 from qexport.modelling import build_model
-from qexport.quantize import QuantizeConfig, quantize_model
-from qexport.quantize.activations import STAGES, Seen, importance
-from qexport.quantize.awq import awq_factors
-from qexport.quantize.equalize import fold, tie
-from qexport.quantize.fit import fit
-from qexport.quantize.smooth import smooth_factors
+from qexport.quantization import QuantizeConfig, quantize_model
+from qexport.quantization.activations import STAGES, Seen, importance
+from qexport.quantization.awq import awq_factors
+from qexport.quantization.equalize import fold, tie
+from qexport.quantization.fit import fit
+from qexport.quantization.smooth import smooth_factors
 from qexport.tensor import QuantizedTensor, quantize
 from qexport.tiny import write_tiny_model
 from tests.runtime.families import FAMILIES, make

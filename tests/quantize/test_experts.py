@@ -12,12 +12,12 @@ from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.base import Options
 from qexport.formats.pack import pack
 from qexport.modelling import build_model, meta_model
-from qexport.quantize import quantize_model
-from qexport.quantize.driver import _beside
+from qexport.quantization import quantize_model
+from qexport.quantization.driver import _beside
 from qexport.runtime.loader import open_model
 from qexport.runtime.vllm_server import preflight
 from qexport.tiny import write_tiny_model
-from qexport.train import TrainConfig, train
+from qexport.training import TrainConfig, train
 from tests.quantize.test_run import config
 
 QUIET = Console(quiet=True)

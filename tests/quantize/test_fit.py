@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qexport.grid import GRIDS, Scheme
-from qexport.quantize.fit import fit
+from qexport.quantization.fit import fit
 from qexport.tensor import portable, quantize
 
 NAMES = sorted(name for name, grid in GRIDS.items() if not grid.minima)

@@ -9,10 +9,10 @@ from torch import Tensor
 from qexport.errors import QexportError
 from qexport.grid import GRIDS, Scheme
 from qexport.paretoq import initial_alpha
-from qexport.quantize import GptqOptions
-from qexport.quantize.activations import importance, output_error
-from qexport.quantize.fit import Fit, fit
-from qexport.quantize.gptq import Inputs, compensate, gptq
+from qexport.quantization import GptqOptions
+from qexport.quantization.activations import importance, output_error
+from qexport.quantization.fit import Fit, fit
+from qexport.quantization.gptq import Inputs, compensate, gptq
 from qexport.tensor import quantize
 
 OPTIONS = GptqOptions()

@@ -18,9 +18,9 @@ from qexport.formats.gguf.k_blocks import SuperBlocked
 from qexport.formats.pack import pack
 from qexport.formats.verify import verify
 from qexport.grid import GRIDS, K_QUANTS, Scheme
-from qexport.quantize import quantize_model
-from qexport.quantize.fit import fit
-from qexport.quantize.kquant import fit_super_blocks
+from qexport.quantization import quantize_model
+from qexport.quantization.fit import fit
+from qexport.quantization.kquant import fit_super_blocks
 from qexport.tensor import factors
 from qexport.tiny import write_tiny_model
 from tests.conftest import Cli

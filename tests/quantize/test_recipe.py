@@ -8,7 +8,7 @@ import yaml
 
 from qexport.errors import InputError
 from qexport.formats import open_checkpoint
-from qexport.quantize.recipe import options_of
+from qexport.quantization.recipe import options_of
 from tests.conftest import Cli
 
 SPEC = """

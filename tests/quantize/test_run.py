@@ -18,9 +18,9 @@ from qexport.errors import CheckpointError, DataError, InputError, QexportError
 from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.base import Options
 from qexport.formats.pack import pack
-from qexport.quantize import GptqOptions, QuantizeConfig, quantize_model
-from qexport.quantize.config import METHODS
-from qexport.quantize.signround import SignRoundOptions
+from qexport.quantization import GptqOptions, QuantizeConfig, quantize_model
+from qexport.quantization.config import METHODS
+from qexport.quantization.signround import SignRoundOptions
 from qexport.tiny import write_tiny_model
 from tests.conftest import Cli
 from tests.runtime.families import FAMILIES, make

@@ -11,11 +11,11 @@ from qexport.errors import InputError
 from qexport.formats import open_checkpoint
 from qexport.grid import GRIDS, Scheme
 from qexport.modelling import build_model, load_tokenizer
-from qexport.quantize import QuantizeConfig, quantize_model
-from qexport.quantize.fit import fit
-from qexport.quantize.sensitivity import measure, widths_for
+from qexport.quantization import QuantizeConfig, quantize_model
+from qexport.quantization.fit import fit
+from qexport.quantization.sensitivity import measure, widths_for
 from qexport.tensor import quantize
-from qexport.train import TrainConfig, train
+from qexport.training import TrainConfig, train
 
 QUIET = Console(quiet=True)
 

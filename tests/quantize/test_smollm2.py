@@ -11,13 +11,13 @@ from qexport.data import documents, tokenize, windows
 from qexport.formats import open_checkpoint
 from qexport.grid import GRIDS, K_QUANTS, Scheme
 from qexport.modelling import load_tokenizer
-from qexport.quantize.activations import STAGES, Passage, Seen, output_error
-from qexport.quantize.awq import awq_factors
-from qexport.quantize.equalize import tie
-from qexport.quantize.gptq import GptqOptions, Inputs, gptq
-from qexport.quantize.rounding import nearest
-from qexport.quantize.signround import SignRoundOptions, learn
-from qexport.quantize.smooth import smooth_factors
+from qexport.quantization.activations import STAGES, Passage, Seen, output_error
+from qexport.quantization.awq import awq_factors
+from qexport.quantization.equalize import tie
+from qexport.quantization.gptq import GptqOptions, Inputs, gptq
+from qexport.quantization.rounding import nearest
+from qexport.quantization.signround import SignRoundOptions, learn
+from qexport.quantization.smooth import smooth_factors
 
 pytestmark = pytest.mark.slow
 WINDOWS, LENGTH = 8, 128

@@ -20,7 +20,7 @@ from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.pack import pack
 from qexport.modelling import build_model
 from qexport.tiny import write_tiny_model
-from qexport.train import TrainConfig, train
+from qexport.training import TrainConfig, train
 from tests.runtime.families import FAMILIES, make
 
 CPU = torch.device("cpu")
@@ -51,7 +51,7 @@ def test_tokens_without_activations_do_no_harm(tiny_model: Path, tmp_path: Path)
 def test_a_block_that_diverges_is_not_kept(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nothing = "qexport.train.block.relative_errors"
+    nothing = "qexport.training.block.relative_errors"
     monkeypatch.setattr(nothing, lambda made, _: made.sum() * math.nan)
     with pytest.raises(QexportError, match="block 1 has diverged; lower --block-lr"):
         train(config(tiny_model, tmp_path / "run"), Console(quiet=True))

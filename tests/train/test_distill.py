@@ -8,8 +8,8 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
-from qexport.train import TrainConfig, train
-from qexport.train.distill import (
+from qexport.training import TrainConfig, train
+from qexport.training.distill import (
     CachedTeacher,
     SoftTargets,
     distillation_loss,

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 from qexport.errors import CheckpointError, InputError
 from qexport.grid import Scheme
 from qexport.paretoq import WIDTHS, fake_quantize, initial_alpha
-from qexport.train import TrainConfig, train
-from qexport.train.mix import mix_masters
-from qexport.train.prepare import FakeQuantize, prepare
-from qexport.train.text import MixedWindows, Windows
-from qexport.train.trainer import QatTrainer
+from qexport.training import TrainConfig, train
+from qexport.training.mix import mix_masters
+from qexport.training.prepare import FakeQuantize, prepare
+from qexport.training.text import MixedWindows, Windows
+from qexport.training.trainer import QatTrainer
 
 DAMPING = 0.21 * math.sqrt(2) * math.pi
 
@@ -78,7 +78,7 @@ def test_mixing_comes_every_so_many_steps_but_the_last(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[float] = []
-    monkeypatch.setattr("qexport.train.mix.mix_masters", lambda _, kept: seen.append(kept))
+    monkeypatch.setattr("qexport.training.mix.mix_masters", lambda _, kept: seen.append(kept))
     config = small(tiny_model, tmp_path, max_steps=6, max_length=32, mix_steps=2, mix=0.3)
     train(config, Console(quiet=True))
     assert seen == [0.3, 0.3]

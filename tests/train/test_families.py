@@ -16,7 +16,7 @@ from qexport.formats.verify import verify
 from qexport.modelling import build_model
 from qexport.runtime.model import Span
 from qexport.runtime.serving import Serving, open_decoder
-from qexport.train import TrainConfig, train
+from qexport.training import TrainConfig, train
 from tests.runtime.families import FAMILIES, make, minicpm
 
 LLAMA_LIKE = ("minicpm", "minicpm4-longrope", "mobilellm")

@@ -14,8 +14,8 @@ from qexport.formats.pack import pack
 from qexport.grid import Scheme
 from qexport.paretoq import WIDTHS, effective_scale, fake_quantize, initial_alpha
 from qexport.tensor import quantize
-from qexport.train import TrainConfig, train
-from qexport.train.fuse import why_not
+from qexport.training import TrainConfig, train
+from qexport.training.fuse import why_not
 
 CPU = torch.device("cpu")
 
@@ -77,7 +77,7 @@ def test_no_compiler(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(UnsupportedError, match=r"--compile: torch.compile fails \(no g\+\+ here\)"):
         train(TrainConfig(*settings, max_steps=1, compile=True), Console(quiet=True))
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr("qexport.train.fuse._ENOUGH", 0)
+    monkeypatch.setattr("qexport.training.fuse._ENOUGH", 0)
     assert train(TrainConfig(*settings, max_steps=1), Console(quiet=True))["steps"] == 1
 
 

@@ -11,8 +11,8 @@ from qexport.formats import open_checkpoint
 from qexport.grid import Scheme
 from qexport.paretoq import WIDTHS, effective_scale, fake_quantize, initial_alpha
 from qexport.tensor import quantize
-from qexport.train import TrainConfig, state, train
-from qexport.train.fuse import why_not
+from qexport.training import TrainConfig, state, train
+from qexport.training.fuse import why_not
 
 pytestmark = pytest.mark.gpu
 

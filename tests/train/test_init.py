@@ -9,8 +9,8 @@ from rich.console import Console
 from qexport.errors import InputError
 from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.pack import pack
-from qexport.quantize import QuantizeConfig, quantize_model
-from qexport.train import TrainConfig, train
+from qexport.quantization import QuantizeConfig, quantize_model
+from qexport.training import TrainConfig, train
 
 QUIET = Console(quiet=True)
 

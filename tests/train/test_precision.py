@@ -13,8 +13,8 @@ from qexport.checkpoint import open_source
 from qexport.errors import InputError, UnsupportedError
 from qexport.formats import open_checkpoint
 from qexport.formats.verify import verify
-from qexport.train import TrainConfig, state, train
-from qexport.train.phases import start_by_blocks
+from qexport.training import TrainConfig, state, train
+from qexport.training.phases import start_by_blocks
 
 
 def settings(model: Path, output: Path, **changes: Any) -> TrainConfig:

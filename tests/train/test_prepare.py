@@ -19,8 +19,8 @@ from qexport.grid import Scheme
 from qexport.paretoq import WIDTHS
 from qexport.runtime.loader import load_model
 from qexport.tiny import write_tiny_model
-from qexport.train import TrainConfig, train
-from qexport.train.prepare import prepare, run_tensors
+from qexport.training import TrainConfig, train
+from qexport.training.prepare import prepare, run_tensors
 from tests.conftest import WIDTHS as BITS
 from tests.conftest import Runs
 from tests.shard_writer import ShardWriter

@@ -16,7 +16,7 @@ import pytest
 from qexport.errors import InputError
 from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.pack import pack
-from qexport.train.zero import configuration
+from qexport.training.zero import configuration
 from tests.conftest import Cli
 from tests.oracle.marks import FOLDER, NEEDS_ENVIRONMENT
 

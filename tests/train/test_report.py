@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from qexport.formats import open_checkpoint
-from qexport.train import TrainConfig, train
+from qexport.training import TrainConfig, train
 from tests.conftest import Runs
 
 

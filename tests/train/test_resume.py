@@ -19,7 +19,7 @@ from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.pack import pack
 from qexport.formats.verify import verify
 from qexport.tiny import write_tiny_model
-from qexport.train import TrainConfig, state, train
+from qexport.training import TrainConfig, state, train
 from tests.conftest import Cli
 
 STEPS = 24

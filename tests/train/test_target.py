@@ -20,7 +20,7 @@ from qexport.grid import INT4, SUPER_BLOCKS, Scheme
 from qexport.paretoq import effective_scale, fake_quantize, initial_alpha
 from qexport.tensor import factors, portable, quantize, shared
 from qexport.tiny import write_tiny_model
-from qexport.train import TrainConfig, train
+from qexport.training import TrainConfig, train
 from tests.conftest import Cli
 
 NAMES = list(SUPER_BLOCKS)

@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 
 from qexport.data import documents, hold_out, tokenize
 from qexport.errors import DataError, InputError
-from qexport.train import TrainConfig, train
-from qexport.train.text import load_text
-from qexport.train.tokens import Request, tokens_of
+from qexport.training import TrainConfig, train
+from qexport.training.text import load_text
+from qexport.training.tokens import Request, tokens_of
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_made_once_and_again_when_anything_changes(
     path = rows(tmp_path / "rows.jsonl")
     before, _ = tokens_of(Request(str(path)), tokenizer, quiet)
     with monkeypatch.context() as patch:
-        patch.setattr("qexport.train.tokens.documents", None)  # nothing reads the text again
+        patch.setattr("qexport.training.tokens.documents", None)  # nothing reads the text again
         again, _ = tokens_of(Request(str(path)), tokenizer, quiet)
     assert torch.equal(before.ids, again.ids)
     assert len(list(cache.iterdir())) == 1

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 from qexport.data import documents, tokenize, windows
 from qexport.modelling import load_tokenizer
 from qexport.tiny import write_tiny_model
-from qexport.train import TrainConfig, train
-from qexport.train.recipe import RECIPES
+from qexport.training import TrainConfig, train
+from qexport.training.recipe import RECIPES
 from tests.conftest import WIDTHS
 
 STEPS, LENGTH, BATCH, WARMUP, RATE = 16, 64, 4, 4, 5e-4

@@ -12,19 +12,19 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from qexport.errors import QexportError
 from qexport.ranks import count_processes, is_main
-from qexport.train import state, zero
-from qexport.train.config import TrainConfig
-from qexport.train.distill import SoftTargets, Teacher, distillation_loss
-from qexport.train.mix import Mixing
-from qexport.train.progress import ProgressReport, TensorBoardLog
-from qexport.train.recipe import Recipe
-from qexport.train.text import MixedWindows, Text
+from qexport.training import state, zero
+from qexport.training.config import TrainConfig
+from qexport.training.distill import SoftTargets, Teacher, distillation_loss
+from qexport.training.mix import Mixing
+from qexport.training.progress import ProgressReport, TensorBoardLog
+from qexport.training.recipe import Recipe
+from qexport.training.text import MixedWindows, Text
 
 __all__ = ["QatTrainer", "make_trainer"]
 
 
 class QatTrainer(Trainer):
-    """Trainer with our checkpoints (`qexport.train.state`) and the dataset's own order.
+    """Trainer with our checkpoints (`qexport.training.state`) and the dataset's own order.
 
     settings   rates and loss; teacher: who answers where part of the loss is distillation
     """

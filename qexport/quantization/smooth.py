@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from qexport.quantize.activations import Seen
+from qexport.quantization.activations import Seen
 
 __all__ = ["smooth_factors"]
 

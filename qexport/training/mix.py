@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from qexport.paretoq import fake_quantize
 from qexport.ranks import assign, whole
-from qexport.train.prepare import FakeQuantize
+from qexport.training.prepare import FakeQuantize
 
 __all__ = ["Mixing", "mix_masters"]
 

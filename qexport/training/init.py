@@ -14,9 +14,9 @@ from qexport.checkpoint import Checkpoint, module_of, open_source
 from qexport.errors import InputError
 from qexport.output import write_json
 from qexport.paretoq import effective_scale, width_of
-from qexport.train.block import DONE
-from qexport.train.config import TrainConfig
-from qexport.train.prepare import FakeQuantize, prepare
+from qexport.training.block import DONE
+from qexport.training.config import TrainConfig
+from qexport.training.prepare import FakeQuantize, prepare
 
 __all__ = ["check_init", "start_from"]
 

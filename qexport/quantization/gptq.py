@@ -14,9 +14,9 @@ from torch import Tensor
 
 from qexport.errors import QexportError
 from qexport.grid import Scheme
-from qexport.quantize.activations import output_error
-from qexport.quantize.fit import Fit
-from qexport.quantize.rounding import Rounding
+from qexport.quantization.activations import output_error
+from qexport.quantization.fit import Fit
+from qexport.quantization.rounding import Rounding
 from qexport.tensor import QuantizedTensor, storable
 
 __all__ = ["GptqOptions", "Inputs", "compensate", "gptq"]

@@ -14,11 +14,11 @@ from qexport.modelling import build_model
 from qexport.precision import autocast
 from qexport.ranks import barrier, is_main
 from qexport.run_folder import BLOCKS, TEACHER
-from qexport.train.block import BlockSettings, train_blocks
-from qexport.train.config import TrainConfig
-from qexport.train.distill import CachedTeacher, LiveTeacher, Teacher
-from qexport.train.text import MixedWindows
-from qexport.train.trainer import QatTrainer
+from qexport.training.block import BlockSettings, train_blocks
+from qexport.training.config import TrainConfig
+from qexport.training.distill import CachedTeacher, LiveTeacher, Teacher
+from qexport.training.text import MixedWindows
+from qexport.training.trainer import QatTrainer
 
 __all__ = ["make_teacher", "start_by_blocks"]
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from qexport.blocks import Stream, lost_share, relative_errors
-from qexport.quantize.activations import Passage
-from qexport.quantize.fit import Fit
-from qexport.quantize.rounding import Rounding
+from qexport.quantization.activations import Passage
+from qexport.quantization.fit import Fit
+from qexport.quantization.rounding import Rounding
 from qexport.ranks import summed, world_size
 from qexport.tensor import storable
 

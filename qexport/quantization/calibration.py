@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qexport.data import documents, tokenize, windows
-from qexport.quantize.config import QuantizeConfig
+from qexport.quantization.config import QuantizeConfig
 
 __all__ = ["calibration_windows"]
 

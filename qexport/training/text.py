@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 
 from qexport.data import windows
 from qexport.errors import DataError
-from qexport.train.config import TrainConfig
-from qexport.train.tokens import Request, Tokens, tokens_of
+from qexport.training.config import TrainConfig
+from qexport.training.tokens import Request, Tokens, tokens_of
 
 __all__ = ["IGNORED", "MixedWindows", "Text", "Windows", "load_text"]
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from qexport.grid import Scheme
-from qexport.quantize.activations import Seen, importance
-from qexport.quantize.fit import Fit, fit, fit_tensor
-from qexport.quantize.kquant import fit_super_blocks
+from qexport.quantization.activations import Seen, importance
+from qexport.quantization.fit import Fit, fit, fit_tensor
+from qexport.quantization.kquant import fit_super_blocks
 from qexport.tensor import QuantizedTensor
 
 __all__ = ["Rounding", "nearest"]

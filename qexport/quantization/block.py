@@ -12,14 +12,14 @@ from qexport.blocks import Stream
 from qexport.errors import QexportError
 from qexport.experts import expert_of
 from qexport.grid import Scheme
-from qexport.quantize.activations import STAGES, Passage, Seen, output_error, stages
-from qexport.quantize.awq import awq_factors
-from qexport.quantize.config import METHODS, QuantizeConfig
-from qexport.quantize.equalize import fold, tie
-from qexport.quantize.gptq import Inputs, gptq
-from qexport.quantize.rounding import Rounding, nearest
-from qexport.quantize.signround import learn
-from qexport.quantize.smooth import smooth_factors
+from qexport.quantization.activations import STAGES, Passage, Seen, output_error, stages
+from qexport.quantization.awq import awq_factors
+from qexport.quantization.config import METHODS, QuantizeConfig
+from qexport.quantization.equalize import fold, tie
+from qexport.quantization.gptq import Inputs, gptq
+from qexport.quantization.rounding import Rounding, nearest
+from qexport.quantization.signround import learn
+from qexport.quantization.smooth import smooth_factors
 from qexport.tensor import QuantizedTensor
 
 __all__ = ["Result", "quantize_block"]

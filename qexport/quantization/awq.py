@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from qexport.grid import Scheme
-from qexport.quantize.activations import Seen, importance
-from qexport.quantize.fit import fit
+from qexport.quantization.activations import Seen, importance
+from qexport.quantization.fit import fit
 
 __all__ = ["awq_factors"]
 

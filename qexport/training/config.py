@@ -14,7 +14,7 @@ from qexport.grid import Scheme
 from qexport.paretoq import WIDTHS, Gradient
 from qexport.precision import Precision
 from qexport.ranks import world_size
-from qexport.run_folder import model_state, text_state
+from qexport.run_folder import as_given, model_state, text_state
 from qexport.selection import (
     TARGETS,
     Rule,
@@ -24,8 +24,8 @@ from qexport.selection import (
     rule_of,
     target_bits,
 )
-from qexport.train import zero
-from qexport.train.recipe import RECIPES, Recipe
+from qexport.training import zero
+from qexport.training.recipe import RECIPES, Recipe
 
 __all__ = ["DENSE", "TrainConfig"]
 
@@ -119,6 +119,7 @@ class TrainConfig:
     resume: bool = True
 
     def __post_init__(self) -> None:
+        as_given(self)
         if self.bits not in (*WIDTHS, DENSE):
             raise InputError(f"--bits {self.bits} is not a width; choose 1, 1.58, 2, 3, 4 or 16.")
         if self.group_size is not None and self.group_size < 1:

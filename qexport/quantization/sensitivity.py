@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qexport.errors import InputError
 from qexport.grid import Scheme
-from qexport.quantize.fit import fit
+from qexport.quantization.fit import fit
 
 __all__ = ["Losses", "measure", "widths_for"]
 

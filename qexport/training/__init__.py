@@ -1,6 +1,6 @@
 """Quantization-aware training: `train(TrainConfig(...))` writes a RUN."""
 
-from qexport.train.config import TrainConfig
-from qexport.train.loop import train
+from qexport.training.config import TrainConfig
+from qexport.training.loop import train
 
 __all__ = ["TrainConfig", "train"]

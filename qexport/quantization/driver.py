@@ -27,11 +27,11 @@ from qexport.layers import quantized_modules
 from qexport.modelling import build_model, load_tokenizer, meta_model
 from qexport.output import disk_errors, mark, write_json
 from qexport.precision import precision_of
-from qexport.quantize.activations import STAGES, Passage, stages
-from qexport.quantize.block import quantize_block
-from qexport.quantize.calibration import calibration_windows
-from qexport.quantize.config import METHODS, QuantizeConfig
-from qexport.quantize.sensitivity import measure, widths_for
+from qexport.quantization.activations import STAGES, Passage, stages
+from qexport.quantization.block import quantize_block
+from qexport.quantization.calibration import calibration_windows
+from qexport.quantization.config import METHODS, QuantizeConfig
+from qexport.quantization.sensitivity import measure, widths_for
 from qexport.ranks import barrier, is_main, join, rank, world_size
 from qexport.run_folder import BLOCKS, claimed, finished, write_run
 from qexport.shards import Parts

@@ -11,10 +11,10 @@ from torch.nn.functional import cross_entropy
 from qexport.blocks import Blocks, Stream
 from qexport.checkpoint import Checkpoint
 from qexport.run_folder import BLOCKS, held_out_results
-from qexport.train.block import parts, prepared_block
-from qexport.train.config import TrainConfig
-from qexport.train.prepare import run_tensors
-from qexport.train.text import IGNORED, Windows
+from qexport.training.block import parts, prepared_block
+from qexport.training.config import TrainConfig
+from qexport.training.prepare import run_tensors
+from qexport.training.text import IGNORED, Windows
 
 __all__ = ["block_results", "block_tensors"]
 

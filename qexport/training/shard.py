@@ -11,9 +11,9 @@ from qexport.blocks import Blocks
 from qexport.checkpoint import Checkpoint
 from qexport.modelling import meta_model
 from qexport.ranks import world_size
-from qexport.train.block import prepared_block
-from qexport.train.config import TrainConfig
-from qexport.train.prepare import store
+from qexport.training.block import prepared_block
+from qexport.training.config import TrainConfig
+from qexport.training.prepare import store
 
 __all__ = ["load_sharded"]
 

@@ -9,7 +9,7 @@ from qexport.checkpoint import Modules
 from qexport.errors import UnsupportedError
 from qexport.grid import Scheme
 from qexport.paretoq import Gradient, fake_quantize, initial_alpha
-from qexport.train.config import TrainConfig
+from qexport.training.config import TrainConfig
 
 __all__ = ["fusing", "why_not"]
 

@@ -22,19 +22,19 @@ from qexport.precision import precision_of
 from qexport.ranks import barrier, is_main, join
 from qexport.run_folder import BLOCKS, claimed, finished, held_out_results, write_run
 from qexport.source import check_names, dense_source, stored_dtype
-from qexport.train import state
-from qexport.train.alone import block_results, block_tensors
-from qexport.train.block import DONE, load_blocks
-from qexport.train.config import DENSE, TrainConfig
-from qexport.train.fuse import fusing
-from qexport.train.init import check_init, start_from
-from qexport.train.phases import make_teacher, start_by_blocks
-from qexport.train.prepare import prepare, run_parts, run_tensors
-from qexport.train.progress import ProgressReport
-from qexport.train.report import write_report
-from qexport.train.shard import load_sharded
-from qexport.train.text import MixedWindows, Text, Windows, load_text
-from qexport.train.trainer import QatTrainer, make_trainer
+from qexport.training import state
+from qexport.training.alone import block_results, block_tensors
+from qexport.training.block import DONE, load_blocks
+from qexport.training.config import DENSE, TrainConfig
+from qexport.training.fuse import fusing
+from qexport.training.init import check_init, start_from
+from qexport.training.phases import make_teacher, start_by_blocks
+from qexport.training.prepare import prepare, run_parts, run_tensors
+from qexport.training.progress import ProgressReport
+from qexport.training.report import write_report
+from qexport.training.shard import load_sharded
+from qexport.training.text import MixedWindows, Text, Windows, load_text
+from qexport.training.trainer import QatTrainer, make_trainer
 
 __all__ = ["train"]
 

@@ -11,10 +11,10 @@ import torch
 from qexport.errors import InputError
 from qexport.grid import GRIDS, INT5, INT8, IQ4_NL, K_QUANTS, KQ2, KQ4, KQ5, NF4, Scheme
 from qexport.precision import Precision
-from qexport.quantize.gptq import GptqOptions
-from qexport.quantize.signround import SignRoundOptions
+from qexport.quantization.gptq import GptqOptions
+from qexport.quantization.signround import SignRoundOptions
 from qexport.ranks import world_size
-from qexport.run_folder import model_state, text_state
+from qexport.run_folder import as_given, model_state, text_state
 from qexport.selection import (
     TARGETS,
     Rule,
@@ -121,6 +121,7 @@ class QuantizeConfig:
     resume: bool = True
 
     def __post_init__(self) -> None:
+        as_given(self)
         if self.method not in METHODS:
             raise InputError(f"there is no --method {self.method}; there are {', '.join(METHODS)}.")
         if self.bits not in GRID_OF:

@@ -28,10 +28,10 @@ from qexport.grid import Scheme
 from qexport.layers import Choose
 from qexport.output import write_json
 from qexport.paretoq import Gradient, effective_scale, initial_alpha
-from qexport.quantize.activations import STAGES, Passage, importance
-from qexport.quantize.fit import Fit
-from qexport.quantize.gptq import Inputs, compensate
-from qexport.train.prepare import FakeQuantize, prepare
+from qexport.quantization.activations import STAGES, Passage, importance
+from qexport.quantization.fit import Fit
+from qexport.quantization.gptq import Inputs, compensate
+from qexport.training.prepare import FakeQuantize, prepare
 
 __all__ = [
     "DONE",

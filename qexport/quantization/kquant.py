@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qexport.grid import Scheme, SuperBlock
-from qexport.quantize.fit import Fit
+from qexport.quantization.fit import Fit
 
 __all__ = ["fit_super_blocks"]
 
