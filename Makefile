@@ -4,7 +4,7 @@ BIN := .venv/bin
 # processes that tests are shared out over, each with one thread
 WORKERS ?= 2
 
-.PHONY: setup demo test check fmt test-gpu bench fuzz oracle peers bench-gpu
+.PHONY: setup demo test check docs fmt test-gpu bench fuzz oracle peers bench-gpu
 
 setup: .venv/.ready
 
@@ -25,6 +25,12 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The site of docs/, in site/; every table and picture is made anew first.
+docs: setup
+	$(BIN)/python -m docs.made
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "site/index.html; search wants a server: python3 -m http.server -d site"
 
 fmt: setup
 	$(BIN)/ruff format .

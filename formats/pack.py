@@ -71,7 +71,7 @@ def plan(source: Checkpoint, form: Format, options: Options | None = None) -> di
     if not source.modules:
         raise InputError(
             f"{source.folder} is a dense checkpoint: there is nothing to pack; "
-            "make a run of it with qexport train first."
+            "make a run of it by qexport train or quantize."
         )
     verdicts = {}
     for module, (scheme, shape) in source.modules.items():

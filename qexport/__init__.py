@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 from qexport.version import __version__
 
 if TYPE_CHECKING:
-    from qexport.api import generate, load, pack, quantize, train, verify
+    from qexport.api import generate, load, open_checkpoint, pack, quantize, train, verify
     from qexport.checkpoint import Checkpoint
     from qexport.errors import QexportError
-    from qexport.formats import open_checkpoint
     from qexport.formats.pack import PackReport
     from qexport.formats.verify import Verification
     from qexport.grid import Grid, Scheme
@@ -39,7 +38,7 @@ _HOMES = {
     "Verification": "qexport.formats.verify",
     "generate": "qexport.api",
     "load": "qexport.api",
-    "open_checkpoint": "qexport.formats",
+    "open_checkpoint": "qexport.api",
     "pack": "qexport.api",
     "quantize": "qexport.api",
     "train": "qexport.api",

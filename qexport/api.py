@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from qexport.checkpoint import Checkpoint
     from qexport.formats.pack import PackReport
     from qexport.formats.verify import Verification
     from qexport.quantization import QuantizeConfig
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from qexport.runtime.serving import Serving
     from qexport.training import TrainConfig
 
-__all__ = ["generate", "load", "pack", "quantize", "train", "verify"]
+__all__ = ["generate", "load", "open_checkpoint", "pack", "quantize", "train", "verify"]
 
 Folder = str | PathLike[str]
 _TOKENS = 128
@@ -73,11 +74,11 @@ def pack(
 
     Raises RefusedError where the format cannot hold the weights, and names those that can.
     """
-    from qexport.formats import Options, format_named, open_checkpoint
+    from qexport.formats import Options, format_named
     from qexport.formats.pack import pack as write
 
     options = Options(bits, block and block.upper(), embeddings, allow_lossy)
-    return write(open_checkpoint(Path(run)), format_named(format), Path(output), options)
+    return write(open_checkpoint(run), format_named(format), Path(output), options)
 
 
 def verify(run: Folder, artefact: Folder) -> "Verification":
@@ -85,10 +86,16 @@ def verify(run: Folder, artefact: Folder) -> "Verification":
 
     `exact` of the result says whether all are equal. Nothing is raised where they are not.
     """
-    from qexport.formats import open_checkpoint
     from qexport.formats.verify import verify as compare
 
-    return compare(open_checkpoint(Path(run)), open_checkpoint(Path(artefact)))
+    return compare(open_checkpoint(run), open_checkpoint(artefact))
+
+
+def open_checkpoint(path: Folder) -> "Checkpoint":
+    """A checkpoint of any layout that we read: tensors by name, read when they are asked for."""
+    from qexport.formats import open_checkpoint as open_any
+
+    return open_any(Path(path))
 
 
 def load(path: Folder, serving: "Serving | None" = None) -> "Generator":

@@ -99,16 +99,16 @@ def tokenize(texts: list[str], tokenizer: Any) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def windows(tokens: Tensor, length: int) -> Tensor:
+def windows(tokens: Tensor, length: int, option: str) -> Tensor:
     """Cut tokens [n] into whole windows [n // length, length]; what is left over is dropped.
 
-    Raises DataError where not one window comes out.
+    Raises DataError, which names the `option` that says the length, where not one comes out.
     """
     count = tokens.numel() // length
     if count == 0:
         raise DataError(
             f"the text has {tokens.numel()} tokens, fewer than one window of {length}; "
-            "give more text or a smaller --max-length."
+            f"give more text or a smaller {option}."
         )
     return tokens[: count * length].view(count, length)
 

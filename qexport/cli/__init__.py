@@ -16,7 +16,7 @@ __all__ = ["main"]
 COMMANDS = {
     "data": "Let a model write its own training text.",
     "train": "Train a model on a low-bit grid (ParetoQ QAT) into a RUN.",
-    "quantize": "Quantize a model without training it (RTN, GPTQ) into a RUN.",
+    "quantize": "Quantize a model without training it (GPTQ, AWQ, …) into a RUN.",
     "pack": "Write a RUN in a format that engines read, and verify it.",
     "verify": "Prove that a packed checkpoint is, bit for bit, its source.",
     "formats": "Show how every format holds every grid, and at how many bits.",

@@ -19,7 +19,8 @@ Examples:
 @click.option(
     "--format",
     required=True,
-    help="native, gptq, gptq_v2, awq, compressed-tensors, int-quantized, humming or gguf.",
+    help="native, gptq, gptq_v2, awq, compressed-tensors, int-quantized, humming, "
+    "bitsandbytes or gguf.",
 )
 @click.option(
     "--bits",

@@ -34,7 +34,7 @@ def calibration_windows(
         if not batch:
             break
         parts.append(tokenize(batch, tokenizer))
-    found = windows(torch.cat(parts), config.length)
+    found = windows(torch.cat(parts), config.length, "--length")
     if len(found) < config.samples:
         tell(
             f"{config.calibration} has {len(found)} windows of {config.length} tokens, fewer than "

@@ -92,9 +92,9 @@ def _source(
 
 def _cut(tokens: Tokens, length: int) -> Windows:
     """Raises DataError where not one window comes out, or none that has a target."""
-    ids, targets = windows(tokens.ids, length), None
+    ids, targets = windows(tokens.ids, length, "--max-length"), None
     if tokens.targets is not None:
-        targets = windows(tokens.targets, length)
+        targets = windows(tokens.targets, length, "--max-length")
         some = targets[:, 1:].any(1)
         if not bool(some.any()):
             raise DataError("--loss-on assistant: the text has no word of an assistant.")

@@ -42,7 +42,7 @@ def test_it_foretells_the_divergence(trained: Path) -> None:
     source, tokenizer = open_checkpoint(trained), load_tokenizer(trained)
     model = build_model(source, torch.float32, lambda name: source.dense(name).float())
     text = tokenize(list(documents("builtin", "calibration", tokenizer)), tokenizer)
-    rows = windows(text, 64)[:48]
+    rows = windows(text, 64, "--length")[:48]
     names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "proj" in n]
     scheme = Scheme(GRIDS["int3"], 32)
     told = measure(model, rows, {name: [("3", scheme)] for name in names}, lambda _: None)

@@ -31,7 +31,7 @@ def passage(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Passage:
     folder = tmp_path_factory.mktemp("streams")
     tokenizer = load_tokenizer(model)
     text = tokenize(list(documents("builtin", "calibration", tokenizer)), tokenizer)
-    tokens = windows(text, LENGTH)[:WINDOWS]
+    tokens = windows(text, LENGTH, "--length")[:WINDOWS]
     blocks = Blocks(open_checkpoint(model), torch.bfloat16, torch.device("cpu"))
     streams = [
         Stream(folder / f"{n}.bin", (WINDOWS, LENGTH, blocks.width), torch.bfloat16) for n in (0, 1)

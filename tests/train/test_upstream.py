@@ -61,7 +61,9 @@ def plain_loop(folder: Path, bits: str) -> list[float]:
                 module, "weight", Published(module.weight.detach(), bits), unsafe=True
             )
     tokenizer = load_tokenizer(folder)
-    rows = windows(tokenize(list(documents("builtin", "train", tokenizer)), tokenizer), LENGTH)
+    rows = windows(
+        tokenize(list(documents("builtin", "train", tokenizer)), tokenizer), LENGTH, "--length"
+    )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
     losses = []

@@ -31,9 +31,9 @@ def test_tokens_are_the_documents_with_eos_between(tokenizer: Any) -> None:
 
 
 def test_windows_drop_what_is_left_over() -> None:
-    assert windows(torch.arange(10), 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert windows(torch.arange(10), 4, "--length").tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     with pytest.raises(DataError, match="10 tokens, fewer than one window of 11"):
-        windows(torch.arange(10), 11)
+        windows(torch.arange(10), 11, "--length")
 
 
 def test_hold_out_is_a_partition_that_does_not_move() -> None:

@@ -1,0 +1,430 @@
+"""Tables of what was measured, from the JSON that was committed with it."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["FIGURES", "table"]
+
+ROOT = Path(__file__).parent.parent
+RESULTS = "benchmarks/results/amd-epyc-2-cores"
+
+
+def accuracy() -> str:
+    """Perplexity after training, beside rounding and dense fine-tuning."""
+    found = _load("accuracy-smollm2.json")
+    rows, tuned = found["rows"], found["rows"]["fine-tuned"]["builtin"]
+    lines = []
+    for bits in ("4", "3", "2", "1.58", "1"):
+        rounded, trained = rows[f"{bits} RTN"], rows[f"{bits} QAT"]
+        lines.append(
+            [
+                f"{bits} bit{'s' if bits != '1' else ''}",
+                _short(rounded["builtin"]),
+                _short(trained["builtin"]),
+                f"{trained['builtin'] / tuned:.2f}",
+                f"{trained['minutes']:.0f}",
+            ]
+        )
+    head = ["", "rounded (RTN)", "trained", "of the fine-tuned", "minutes"]
+    note = (
+        f"Dense as it comes {rows['dense']['builtin']:.1f}, dense fine-tuned on the same tokens "
+        f"{tuned:.1f}; groups of {found['group_size']}, "
+        f"{rows['2 QAT']['steps']} steps of 2,048 tokens. At 2 bits the same end to end alone, by "
+        f"{rows['2 end to end']['steps']} steps in place of the start: "
+        f"{rows['2 end to end']['builtin']:.1f}. The minutes at 1.58 bits are of a run that had "
+        "13 of 30 blocks from an earlier start."
+    )
+    return _with(
+        table(head, lines), note, found, "accuracy-smollm2.json", "python -m benchmarks.accuracy"
+    )
+
+
+def ptq() -> str:
+    """Perplexity after quantization without training, beside GPTQModel and llama.cpp."""
+    found = _load("ptq-smollm2.json")
+    rows = found["rows"]
+    names = {"int4-g64": "4 bits", "int3-g64": "3 bits", "uint2-g64": "2 bits, zero points"}
+    methods = {
+        **{"rtn": "RTN", "awq": "AWQ", "gptq": "GPTQ", "signround": "SignRound"},
+        "GPTQModel": "GPTQModel 7.7",
+    }
+    lines = [
+        [said, *(_cell(rows.get(f"{scheme} {method}")) for method in methods)]
+        for scheme, said in names.items()
+    ]
+    first = table(["groups of 64", *methods.values()], lines)
+    others = [
+        [
+            kind,
+            f"{rows[name]['bits']:.2f}",
+            _cell(rows[name]),
+            _cell(rows.get(f"mixed as {kind}")),
+            _cell(rows.get(f"kquant {kind}")),
+        ]
+        for name in rows
+        if (kind := name.removeprefix("llama.cpp ")) != name
+    ]
+    head = ["", "bits", "llama.cpp, imatrix", "ours, mixed to as many", "ours, `kquant`"]
+    note = (
+        f"Perplexity of the same held-out text (dense {rows['dense']['perplexity']:.1f}), after "
+        "quantization by the same 64 windows of 512 tokens; in brackets seconds, where the run had "
+        "the cores to itself. 256 does not divide 576 inputs, so that llama.cpp's Q2_K and Q3_K_S "
+        "are IQ4_NL in most layers of this model, as ours are."
+    )
+    return _with(
+        f"{first}\n\n{table(head, others)}",
+        note,
+        found,
+        "ptq-smollm2.json",
+        "python -m benchmarks.ptq",
+    )
+
+
+def decode() -> str:
+    """Tokens per second of two models beside llama.cpp."""
+    small, large = _load("decode-smollm2.json"), _load("decode-1b.json")
+    names = {
+        "qexport seq2, int4 head": "qexport SEQ-2, int4 head",
+        "qexport int3, int4 head": "qexport int3, int4 head",
+        "qexport int4, int4 head": "qexport int4, int4 head",
+        "llama.cpp Q4_0, embedding too": "llama.cpp Q4_0, embedding and head too",
+        "qexport seq2": "qexport SEQ-2, bfloat16 head",
+        "qexport int4": "qexport int4, bfloat16 head",
+        "llama.cpp Q4_0, the same codes": "llama.cpp Q4_0, the same codes, bfloat16 head",
+        "vLLM CPU bfloat16": "vLLM CPU, bfloat16",
+        "transformers bfloat16": "transformers, bfloat16",
+    }
+    kinds = ("prompt", "decode", "decode, batch 8")
+    lines = []
+    for name, said in names.items():
+        cells = []
+        for found in (small, large):
+            row: dict[str, Any] = next((r for r in found["rows"] if r["engine"] == name), {})
+            cells += [f"{row[kind]['median']:,.0f}" if kind in row else "" for kind in kinds]
+        if any(cells):
+            lines.append([said, *cells])
+    head = ["tokens/s", "SmolLM2: prompt", "decoding", "8 at a time"]
+    note = (
+        "Prompts of 512 tokens; groups of 64; a random model of Llama-3.2-1B's shape on the right. "
+        "The head as it is trained, in bfloat16, or rounded by `--head-bits 4`."
+    )
+    return _with(
+        table([*head, "1B: prompt", "decoding", "8 at a time"], lines),
+        note,
+        small,
+        "decode-smollm2.json",
+        "python -m benchmarks.decode",
+    )
+
+
+def latency() -> str:
+    """What a user measures: steps and throughput by batch, all engines on the same tokens."""
+    found = _load("latency-smollm2/report.json")
+    cells = {(cell["contender"], cell["batch"]): cell for cell in found["cells"]}
+    lines = []
+    for name, said in _CONTENDERS.items():
+        line = [said]
+        for batch in (1, 8, 32):
+            cell = cells[name, batch]
+            step, rate = cell["itl"]["p50"] * 1e3, cell["tokens_per_second"]["p50"]
+            line += [f"{step:.2g} ms", f"{rate:.0f}"]
+        lines.append(line)
+    head = ["", "one: step", "tokens/s", "eight: step", "tokens/s", "32: step", "tokens/s"]
+    reasons = "; ".join(found["noise"]["reasons"])
+    note = (
+        "SmolLM2, prompts of 128 tokens and 32 more, all sent at once. A step is the median gap "
+        "between tokens; tokens/s are the whole batch's, prompts included."
+        + (f" The report calls itself noisy ({reasons}): read ratios." if reasons else "")
+    )
+    return _with(
+        table(head, lines), note, found, "latency-smollm2/report.json", "qexport bench latency"
+    )
+
+
+_CONTENDERS = {
+    "native seq2": "qexport SEQ-2",
+    "native int4": "qexport int4",
+    "native dense": "qexport, bfloat16 weights",
+    "llama.cpp gguf": "llama.cpp, Q4_0, the same codes",
+    "vllm int4": "vLLM, int4 by our plugin",
+    "vllm dense": "vLLM, bfloat16",
+    "transformers dense": "transformers, bfloat16",
+}
+
+
+def load_test() -> str:
+    """64 streams at a time: throughput and latency of four servers."""
+    found = _load("serve_load.json")
+    names = {
+        "qexport": "qexport, int4 g32",
+        "vllm bfloat16": "vLLM CPU, bfloat16",
+        "llama-server": "llama-server, Q4_0, the same codes",
+        "vllm int4": "vLLM CPU, GPTQ, the same codes",
+    }
+    lines = [
+        [
+            said,
+            f"{row['tokens/s']:.0f}",
+            f"{row['TTFT s']['p50']:.1f} / {row['TTFT s']['p99']:.1f} s",
+            f"{row['TPOT s']['p50'] * 1e3:.0f} / {row['TPOT s']['p99'] * 1e3:.0f} ms",
+            f"{row['lost']} / {row['differing']}",
+        ]
+        for name, said in names.items()
+        if (row := found[name])
+    ]
+    head = ["", "tokens/s", "TTFT p50 / p99", "TPOT p50 / p99", "lost / differing answers"]
+    begin, end = found["qexport"]["memory MiB"][0], found["qexport"]["memory MiB"][-1]
+    note = (
+        f"{found['streams']} streams at a time for {found['seconds'] / 60:.0f} minutes at "
+        f"{found['slots']} slots, prompts of 5 to 300 words, a tenth of the clients leaving in the "
+        "middle and one request in fifty malformed, one server after the other. Memory of ours "
+        f"went from {begin:,} to {end:,} MiB over the last two minutes. vLLM as it comes: of two "
+        "cores its worker computes on one, and the other is its server's and scheduler's."
+    )
+    return _with(
+        table(head, lines), note, found, "serve_load.json", "python -m benchmarks.serve_load"
+    )
+
+
+def kernels() -> str:
+    """One token through a matrix of 4096 x 4096."""
+    cold, hot = _load("cpu_kernels-cold-m1.json"), _load("cpu_kernels-hot-m1.json")
+    names = {
+        **{"seq2": "qexport SEQ-2", "int3": "qexport int3", "int4": "qexport int4"},
+        "onnxruntime W2": "onnxruntime MatMulNBits, 2 bits",
+        "onnxruntime W4": "onnxruntime MatMulNBits, 4 bits",
+        "torch int4": "torch int4",
+        "torch bfloat16": "torch bfloat16",
+    }
+
+    def times(found: Any, name: str) -> str:
+        by = {row["group"]: row["microseconds"] for row in found["rows"] if row["kernel"] == name}
+        return f"{by[64]:.0f} / {by[128]:.0f}"
+
+    lines = [[said, times(cold, name), times(hot, name)] for name, said in names.items()]
+    note = "Microseconds with two threads, in groups of 64 / 128."
+    return _with(
+        table(["", "weights from memory", "in the caches"], lines),
+        note,
+        cold,
+        "cpu_kernels-cold-m1.json",
+        "python -m benchmarks.cpu_kernels",
+    )
+
+
+def plugin() -> str:
+    """vLLM's CPU build with our plugin, and with its own 4-bit kernel."""
+    found = _load("vllm_plugin-smollm2.json")
+    own = found["vLLM's own kernel, int4"]
+    lines = [
+        [
+            name,
+            *(f"{found[name][batch]['tokens/s']:.0f}" for batch in ("1", "8")),
+            " / ".join(
+                f"{found[name][batch]['tokens/s'] / own[batch]['tokens/s']:.1f}"
+                for batch in ("1", "8")
+            ),
+        ]
+        for name in ("plugin, SEQ-2", "plugin, int4", "vLLM's own kernel, int4")
+    ]
+    return _with(
+        table(["tokens/s in vLLM", "one sequence", "eight", "times its own"], lines),
+        "SmolLM2, decoding.",
+        found,
+        "vllm_plugin-smollm2.json",
+        "python -m benchmarks.vllm_plugin",
+    )
+
+
+def fake_quant() -> str:
+    """What fake quantization adds to a training step."""
+    found = _load("fake_quant.json")
+    widths = sorted({row["bits"] for row in found["rows"]}, key=float, reverse=True)
+    by = {(row["bits"], row["tokens"]): row for row in found["rows"]}
+    lines = [
+        [f"{bits} bits", *(f"{by[bits, count]['fused_ratio']:.2f}" for count in (512, 2048))]
+        for bits in widths
+    ]
+    note = (
+        "A whole step with fake quantization (compiled) over a plain fine-tuning step of the same "
+        "model and tokens, medians of turns."
+    )
+    return _with(
+        table(["", "512 tokens a step", "2,048 tokens a step"], lines),
+        note,
+        found,
+        "fake_quant.json",
+        "python -m benchmarks.fake_quant",
+    )
+
+
+def packing() -> str:
+    """How fast a large model packs, every tensor read back and compared."""
+    found = _load("pack.json")
+    lines = [
+        [
+            row["format"],
+            f"{sorted(row['seconds'])[len(row['seconds']) // 2]:.0f} s",
+            f"{row['of_copy']:.2f}",
+            f"{row['peak_bytes'] / 1e9:.1f} GB",
+            "exact" if row["exact"] else "NOT exact",
+        ]
+        for row in found["rows"]
+    ]
+    note = (
+        f"A model of Llama-3-8B's shapes ({found['source_bytes'] / 1e9:.1f} GB of 4-bit codes). "
+        "The speed is beside `cp` to the same disk, its source in memory; a first `cp` is slower."
+    )
+    return _with(
+        table(["", "time", "of `cp`'s speed", "peak memory", "read back"], lines),
+        note,
+        found,
+        "pack.json",
+        "python benchmarks/pack.py",
+    )
+
+
+def demo() -> str:
+    """What `make demo` comes to."""
+    found = _load("demo.json")
+    native, gptq = found["pack"]["native"], found["pack"]["gptq"]
+    proof = native["verification"]
+    perplexity = {name: row["perplexity"] for name, row in found["perplexity"].items()}
+    lines = [
+        [
+            f"{name} file",
+            f"{size['total_bytes'] / 1e6:.0f} MB, {size['bits_per_weight']:.2f} bits per "
+            "quantized weight; embeddings stay bfloat16",
+        ]
+        for name, size in (("native", native), ("GPTQ", gptq))
+    ]
+    lines.append(
+        [
+            "verified",
+            f"{proof['differing_codes']} differing codes and {proof['differing_bits']} "
+            f"differing bits of {proof['weights']:,} weights",
+        ]
+    )
+    lines.append(
+        [
+            "perplexity",
+            f"dense {perplexity['dense']:.1f}; rounded to 2 bits "
+            f"{_short(perplexity['before training'])}; trained {perplexity['after training']:.1f}",
+        ]
+    )
+    note = (
+        f"SmolLM2-135M-Instruct, 2 bits, groups of {found['settings']['--group-size']}, "
+        f"{found['training']['tokens']:,} tokens. A demonstration, and no good model: ParetoQ "
+        "takes 30 billion tokens."
+    )
+    return _with(table(["", ""], lines), note, found, "demo.json", "make demo")
+
+
+def peers() -> str:
+    """The README's table: what was measured beside the peers, and where they are ahead."""
+    load = _load("serve_load.json")
+    rows = _load("ptq-smollm2.json")["rows"]
+    cells = {(c["contender"], c["batch"]): c for c in _load("latency-smollm2/report.json")["cells"]}
+
+    def step(name: str, batch: int) -> str:
+        return f"{cells[name, batch]['itl']['p50'] * 1e3:.2g}"
+
+    def quantized(scheme: str, method: str) -> str:
+        return f"{_short(rows[f'{scheme} {method}']['perplexity'])}"
+
+    lines = [
+        ["proof that the file is the model", "every bit", "", "", ""],
+        [
+            "bits on disk of ParetoQ's 2-bit grid, exact",
+            "**2.25**",
+            "2.25 by our plugin",
+            "4.5",
+            "",
+        ],
+        [
+            "a step for one sequence, 4 bits, ms",
+            step("native int4", 1),
+            f"{step('vllm int4', 1)} (our plugin)",
+            step("llama.cpp gguf", 1),
+            "",
+        ],
+        [
+            "a step for 32 sequences, ms",
+            step("native int4", 32),
+            f"{step('vllm dense', 32)} (bfloat16)",
+            step("llama.cpp gguf", 32),
+            "",
+        ],
+        [
+            "64 streams at a time, tokens/s",
+            f"{load['qexport']['tokens/s']:.0f}",
+            f"{load['vllm bfloat16']['tokens/s']:.0f} (bfloat16)",
+            f"{load['llama-server']['tokens/s']:.0f}",
+            "",
+        ],
+        [
+            "GPTQ at 3 bits: perplexity (dense 17.6)",
+            quantized("int3-g64", "gptq"),
+            "",
+            "",
+            quantized("int3-g64", "GPTQModel"),
+        ],
+        [
+            f"mixed to {rows['llama.cpp Q4_0']['bits']:.2f} bits: perplexity",
+            f"{rows['mixed as Q4_0']['perplexity']:.2f}",
+            "",
+            f"{rows['llama.cpp Q4_0']['perplexity']:.2f} (Q4_0, imatrix)",
+            "",
+        ],
+        ["on GPUs", "not measured yet", "years of use", "years of use", "years of use"],
+        ["model families", "Llama-like, MoE in part", "hundreds", "hundreds", "dozens"],
+    ]
+    head = ["SmolLM2-135M, two CPU cores", "qexport", "vLLM 0.32", "llama.cpp", "GPTQModel 7.7"]
+    return f"{table(head, lines)}\n\nHow, and much more: [docs/figures.md](/docs/figures.md)."
+
+
+def _cell(row: dict[str, float] | None) -> str:
+    """Perplexity, and seconds where they are known."""
+    if row is None:
+        return "not run"
+    seconds = f" ({row['seconds']:.0f} s)" if "seconds" in row else ""
+    return f"{_short(row['perplexity'])}{seconds}"
+
+
+def _short(value: float) -> str:
+    if value >= 1e6:
+        return f"{value / 1e6:.1f} million"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
+
+
+def _load(name: str) -> Any:
+    return json.loads((ROOT / RESULTS / name).read_text())
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Markdown."""
+    columns = list(head)
+    lines = [columns, *map(list, rows)]
+    written = ["| " + " | ".join(line) + " |" for line in lines]
+    written.insert(1, "|" + "-|" * len(columns))
+    return "\n".join(written)
+
+
+def _with(text: str, note: str, found: dict[str, Any], name: str, command: str) -> str:
+    """The table, what it means, and where it was measured by what."""
+    machine = found["machine"]
+    return (
+        f"{text}\n\n{note}\n\n*Measured on {machine['cores']} cores of an {machine['cpu']}, torch "
+        f"{machine['packages']['torch']}, by `{command}`: [{name}](/{RESULTS}/{name}).*"
+    )
+
+
+FIGURES: dict[str, Callable[[], str]] = {
+    function.__name__: function
+    for function in (
+        *(accuracy, ptq, decode, latency, load_test, kernels, plugin, fake_quant, packing, demo),
+        peers,
+    )
+}
