@@ -17,10 +17,10 @@ import torch
 
 from benchmarks.demo import fetch
 from benchmarks.machine import record
-from qexport.checkpoint import open_source
 from qexport.grid import Scheme
 from qexport.modelling import build_model
 from qexport.paretoq import WIDTHS
+from qexport.source import open_source
 from qexport.training.prepare import prepare
 
 WINDOW = 256

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FIGURES", "table"]
+__all__ = ["FIGURES", "load", "short", "table"]
 
 ROOT = Path(__file__).parent.parent
 RESULTS = "benchmarks/results/amd-epyc-2-cores"
@@ -13,7 +13,7 @@ RESULTS = "benchmarks/results/amd-epyc-2-cores"
 
 def accuracy() -> str:
     """Perplexity after training, beside rounding and dense fine-tuning."""
-    found = _load("accuracy-smollm2.json")
+    found = load("accuracy-smollm2.json")
     rows, tuned = found["rows"], found["rows"]["fine-tuned"]["builtin"]
     lines = []
     for bits in ("4", "3", "2", "1.58", "1"):
@@ -21,8 +21,8 @@ def accuracy() -> str:
         lines.append(
             [
                 f"{bits} bit{'s' if bits != '1' else ''}",
-                _short(rounded["builtin"]),
-                _short(trained["builtin"]),
+                short(rounded["builtin"]),
+                short(trained["builtin"]),
                 f"{trained['builtin'] / tuned:.2f}",
                 f"{trained['minutes']:.0f}",
             ]
@@ -43,7 +43,7 @@ def accuracy() -> str:
 
 def ptq() -> str:
     """Perplexity after quantization without training, beside GPTQModel and llama.cpp."""
-    found = _load("ptq-smollm2.json")
+    found = load("ptq-smollm2.json")
     rows = found["rows"]
     names = {"int4-g64": "4 bits", "int3-g64": "3 bits", "uint2-g64": "2 bits, zero points"}
     methods = {
@@ -61,7 +61,7 @@ def ptq() -> str:
             f"{rows[name]['bits']:.2f}",
             _cell(rows[name]),
             _cell(rows.get(f"mixed as {kind}")),
-            _cell(rows.get(f"kquant {kind}")),
+            _cell(rows.get(f"kquant {kind[:4]}")),
         ]
         for name in rows
         if (kind := name.removeprefix("llama.cpp ")) != name
@@ -84,7 +84,7 @@ def ptq() -> str:
 
 def decode() -> str:
     """Tokens per second of two models beside llama.cpp."""
-    small, large = _load("decode-smollm2.json"), _load("decode-1b.json")
+    small, large = load("decode-smollm2.json"), load("decode-1b.json")
     names = {
         "qexport seq2, int4 head": "qexport SEQ-2, int4 head",
         "qexport int3, int4 head": "qexport int3, int4 head",
@@ -121,7 +121,7 @@ def decode() -> str:
 
 def latency() -> str:
     """What a user measures: steps and throughput by batch, all engines on the same tokens."""
-    found = _load("latency-smollm2/report.json")
+    found = load("latency-smollm2/report.json")
     cells = {(cell["contender"], cell["batch"]): cell for cell in found["cells"]}
     lines = []
     for name, said in _CONTENDERS.items():
@@ -156,7 +156,7 @@ _CONTENDERS = {
 
 def load_test() -> str:
     """64 streams at a time: throughput and latency of four servers."""
-    found = _load("serve_load.json")
+    found = load("serve_load.json")
     names = {
         "qexport": "qexport, int4 g32",
         "vllm bfloat16": "vLLM CPU, bfloat16",
@@ -190,7 +190,7 @@ def load_test() -> str:
 
 def kernels() -> str:
     """One token through a matrix of 4096 x 4096."""
-    cold, hot = _load("cpu_kernels-cold-m1.json"), _load("cpu_kernels-hot-m1.json")
+    cold, hot = load("cpu_kernels-cold-m1.json"), load("cpu_kernels-hot-m1.json")
     names = {
         **{"seq2": "qexport SEQ-2", "int3": "qexport int3", "int4": "qexport int4"},
         "onnxruntime W2": "onnxruntime MatMulNBits, 2 bits",
@@ -216,7 +216,7 @@ def kernels() -> str:
 
 def plugin() -> str:
     """vLLM's CPU build with our plugin, and with its own 4-bit kernel."""
-    found = _load("vllm_plugin-smollm2.json")
+    found = load("vllm_plugin-smollm2.json")
     own = found["vLLM's own kernel, int4"]
     lines = [
         [
@@ -240,7 +240,7 @@ def plugin() -> str:
 
 def fake_quant() -> str:
     """What fake quantization adds to a training step."""
-    found = _load("fake_quant.json")
+    found = load("fake_quant.json")
     widths = sorted({row["bits"] for row in found["rows"]}, key=float, reverse=True)
     by = {(row["bits"], row["tokens"]): row for row in found["rows"]}
     lines = [
@@ -262,7 +262,7 @@ def fake_quant() -> str:
 
 def packing() -> str:
     """How fast a large model packs, every tensor read back and compared."""
-    found = _load("pack.json")
+    found = load("pack.json")
     lines = [
         [
             row["format"],
@@ -288,7 +288,7 @@ def packing() -> str:
 
 def demo() -> str:
     """What `make demo` comes to."""
-    found = _load("demo.json")
+    found = load("demo.json")
     native, gptq = found["pack"]["native"], found["pack"]["gptq"]
     proof = native["verification"]
     perplexity = {name: row["perplexity"] for name, row in found["perplexity"].items()}
@@ -311,7 +311,7 @@ def demo() -> str:
         [
             "perplexity",
             f"dense {perplexity['dense']:.1f}; rounded to 2 bits "
-            f"{_short(perplexity['before training'])}; trained {perplexity['after training']:.1f}",
+            f"{short(perplexity['before training'])}; trained {perplexity['after training']:.1f}",
         ]
     )
     note = (
@@ -322,84 +322,23 @@ def demo() -> str:
     return _with(table(["", ""], lines), note, found, "demo.json", "make demo")
 
 
-def peers() -> str:
-    """The README's table: what was measured beside the peers, and where they are ahead."""
-    load = _load("serve_load.json")
-    rows = _load("ptq-smollm2.json")["rows"]
-    cells = {(c["contender"], c["batch"]): c for c in _load("latency-smollm2/report.json")["cells"]}
-
-    def step(name: str, batch: int) -> str:
-        return f"{cells[name, batch]['itl']['p50'] * 1e3:.2g}"
-
-    def quantized(scheme: str, method: str) -> str:
-        return f"{_short(rows[f'{scheme} {method}']['perplexity'])}"
-
-    lines = [
-        ["proof that the file is the model", "every bit", "", "", ""],
-        [
-            "bits on disk of ParetoQ's 2-bit grid, exact",
-            "**2.25**",
-            "2.25 by our plugin",
-            "4.5",
-            "",
-        ],
-        [
-            "a step for one sequence, 4 bits, ms",
-            step("native int4", 1),
-            f"{step('vllm int4', 1)} (our plugin)",
-            step("llama.cpp gguf", 1),
-            "",
-        ],
-        [
-            "a step for 32 sequences, ms",
-            step("native int4", 32),
-            f"{step('vllm dense', 32)} (bfloat16)",
-            step("llama.cpp gguf", 32),
-            "",
-        ],
-        [
-            "64 streams at a time, tokens/s",
-            f"{load['qexport']['tokens/s']:.0f}",
-            f"{load['vllm bfloat16']['tokens/s']:.0f} (bfloat16)",
-            f"{load['llama-server']['tokens/s']:.0f}",
-            "",
-        ],
-        [
-            "GPTQ at 3 bits: perplexity (dense 17.6)",
-            quantized("int3-g64", "gptq"),
-            "",
-            "",
-            quantized("int3-g64", "GPTQModel"),
-        ],
-        [
-            f"mixed to {rows['llama.cpp Q4_0']['bits']:.2f} bits: perplexity",
-            f"{rows['mixed as Q4_0']['perplexity']:.2f}",
-            "",
-            f"{rows['llama.cpp Q4_0']['perplexity']:.2f} (Q4_0, imatrix)",
-            "",
-        ],
-        ["on GPUs", "not measured yet", "years of use", "years of use", "years of use"],
-        ["model families", "Llama-like, MoE in part", "hundreds", "hundreds", "dozens"],
-    ]
-    head = ["SmolLM2-135M, two CPU cores", "qexport", "vLLM 0.32", "llama.cpp", "GPTQModel 7.7"]
-    return f"{table(head, lines)}\n\nHow, and much more: [docs/figures.md](/docs/figures.md)."
-
-
 def _cell(row: dict[str, float] | None) -> str:
     """Perplexity, and seconds where they are known."""
     if row is None:
         return "not run"
     seconds = f" ({row['seconds']:.0f} s)" if "seconds" in row else ""
-    return f"{_short(row['perplexity'])}{seconds}"
+    return f"{short(row['perplexity'])}{seconds}"
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
+    """Of a perplexity."""
     if value >= 1e6:
         return f"{value / 1e6:.1f} million"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
 
 
-def _load(name: str) -> Any:
+def load(name: str) -> Any:
+    """What was measured."""
     return json.loads((ROOT / RESULTS / name).read_text())
 
 
@@ -425,6 +364,5 @@ FIGURES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
         *(accuracy, ptq, decode, latency, load_test, kernels, plugin, fake_quant, packing, demo),
-        peers,
     )
 }

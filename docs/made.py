@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from docs.figures import FIGURES, table
+from docs.peers import peers
 from docs.pictures import PICTURES
 from qexport.formats.table import verdict_table
 
@@ -71,7 +72,12 @@ def _verdict(cell: dict[str, Any], grid: str) -> str:
     return f"{stored}{cell['bits_per_weight']:.4g}{kind}"
 
 
-PARTS: dict[str, Callable[..., str]] = {**FIGURES, "verdicts": verdicts, "picture": picture}
+PARTS: dict[str, Callable[..., str]] = {
+    **FIGURES,
+    "peers": peers,
+    "verdicts": verdicts,
+    "picture": picture,
+}
 
 
 def main() -> None:

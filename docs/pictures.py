@@ -161,7 +161,7 @@ def _arrow(
     return [
         f'<line x1="{x}" y1="{y}" x2="{to_x - 4}" y2="{to_y}" stroke="currentColor" '
         'marker-end="url(#tip)"/>',
-        _text((x + to_x) / 2, (y + to_y) / 2 + (22 if below else -10), name, "middle"),
+        _text((x + to_x) / 2, (y + to_y) / 2 + (36 if below else -12), name, "middle"),
     ]
 
 

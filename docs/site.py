@@ -6,6 +6,7 @@ they are, so that they have its colours.
 """
 
 import importlib
+import inspect
 import os
 import re
 from collections.abc import Iterator
@@ -54,7 +55,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         if target is None:
             return match[0]
         if image and target.suffix == ".svg":
-            return f"<figure>{target.read_text(encoding='utf-8')}</figure>"
+            return f'<div class="picture">{target.read_text(encoding="utf-8").strip()}</div>'
         here = os.path.relpath(_uri(target), PurePosixPath(uri).parent)
         mark = address.partition("#")[2]
         return f"{image}[{text}]({here}{'#' + mark if mark else ''})"
@@ -75,7 +76,7 @@ def command_page(name: str) -> str:
 def _sections(command: click.Command, context: click.Context) -> Iterator[str]:
     usage = command.get_usage(context).removeprefix("Usage: ")
     yield f"```text\n{' '.join(usage.split())}\n```\n"
-    yield _prose(command.help or "")
+    yield _prose(inspect.cleandoc(command.help or ""))
     if isinstance(command, click.Group):
         for name in command.list_commands(context):
             child = command.get_command(context, name)
@@ -89,7 +90,7 @@ def _sections(command: click.Command, context: click.Context) -> Iterator[str]:
         if isinstance(parameter, click.Option):
             yield _option(parameter, context)
     if command.epilog:
-        yield f"\n```text\n{command.epilog.replace(chr(8), '').strip()}\n```"
+        yield f"\n```text\n{inspect.cleandoc(command.epilog.replace(chr(8), ''))}\n```"
 
 
 def _option(option: click.Option, context: click.Context) -> str:

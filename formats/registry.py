@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from qexport.checkpoint import Checkpoint, open_source, quantization_of, read_config
+from qexport.checkpoint import Checkpoint, quantization_of, read_config
 from qexport.errors import CheckpointError, InputError
 from qexport.formats.awq import Awq
 from qexport.formats.base import Format
@@ -12,6 +12,7 @@ from qexport.formats.gguf import Gguf
 from qexport.formats.gptq import Gptq, GptqV2
 from qexport.formats.humming import Humming
 from qexport.formats.native import Native
+from qexport.source import open_source
 
 __all__ = ["FORMATS", "detect", "format_named", "open_checkpoint"]
 

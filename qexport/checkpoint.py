@@ -1,10 +1,8 @@
 """`Checkpoint`: a model folder as a lazy mapping from names to tensors.
 
-Opened here are the folders that training starts from and ends with: a dense Hugging Face
-checkpoint, a RUN of ours (latent weights and scales, or codes and scales), and an upstream ParetoQ
-checkpoint (latent weights and `weight_clip_val`). Packed layouts are opened by `qexport.formats`,
-which builds the same type. Nothing is read before it is asked for, so that a model larger than
-memory streams.
+Dense folders, RUNs and ParetoQ's checkpoints are opened by `qexport.source`, packed layouts by
+`qexport.formats`: all are of this type. Nothing is read before it is asked for, so that a model
+larger than memory streams.
 """
 
 import json
@@ -21,33 +19,26 @@ from torch import Tensor
 
 from qexport.errors import CheckpointError, InputError
 from qexport.grid import Scheme, dtype_name
-from qexport.paretoq import WIDTHS, from_upstream, upstream_scale
-from qexport.shards import Parts, ShardReader
-from qexport.tensor import QuantizedTensor, portable, quantize
+from qexport.shards import ShardReader
+from qexport.tensor import QuantizedTensor
 
 __all__ = [
     "Checkpoint",
     "Entry",
     "Modules",
     "checked_scales",
-    "code_parts",
-    "code_tensors",
     "dense_entry",
     "expect",
+    "matrix_shape",
     "module_of",
     "modules_from_json",
     "modules_to_json",
-    "open_source",
     "quantization_of",
     "read_config",
     "weight_files",
 ]
 
 CONFIG_VERSION = 1
-SCALE_SUFFIX = ".weight_scale"
-ZERO_SUFFIX = ".weight_zero_point"
-MINIMUM_SUFFIX = ".weight_minimum"
-_UPSTREAM_SUFFIX = ".weight_clip_val"
 _CARRIED = (
     "tokenizer*",
     "vocab*",
@@ -183,25 +174,6 @@ def quantization_of(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def open_source(folder: Path) -> Checkpoint | None:
-    """Open a dense checkpoint, a RUN or an upstream ParetoQ checkpoint; None if it is packed."""
-    config = read_config(folder)
-    quantization = config.get("quantization_config")
-    if quantization is not None:
-        if not isinstance(quantization, dict):
-            raise CheckpointError(f"{folder}/config.json: quantization_config is not an object.")
-        form = quantization.get("format")
-        if quantization.get("quant_method") != "qexport" or form not in ("latent", "codes"):
-            return None
-        reader = ShardReader(folder)
-        entries = _run_entries if form == "latent" else _code_entries
-        return Checkpoint(folder, "run", config, entries(reader, quantization))
-    reader = ShardReader(folder)
-    if any(name.endswith(_UPSTREAM_SUFFIX) for name in reader):
-        return Checkpoint(folder, "paretoq", config, _upstream_entries(reader, config))
-    return Checkpoint(folder, "dense", config, {n: dense_entry(reader, n) for n in reader})
-
-
 def dense_entry(reader: ShardReader, name: str) -> Entry:
     """The entry of a tensor that is stored as it is."""
     shape, dtype = reader.shape(name), reader.dtype(name)
@@ -284,129 +256,9 @@ def _is_shape(value: object) -> bool:
     )
 
 
-def _matrix_shape(reader: ShardReader, name: str) -> tuple[int, int]:
+def matrix_shape(reader: ShardReader, name: str) -> tuple[int, int]:
+    """[out, in], or CheckpointError for a tensor that is no matrix."""
     shape = reader.shape(name)
     if len(shape) != 2 or 0 in shape:
         raise CheckpointError(f"{reader.folder}: {name} is not a matrix but {shape}.")
     return shape[0], shape[1]
-
-
-def _run_entries(reader: ShardReader, quantization: dict[str, Any]) -> dict[str, Entry]:
-    modules = modules_from_json(quantization)
-    scales = {module + SCALE_SUFFIX for module in modules}
-    entries = {name: dense_entry(reader, name) for name in reader if name not in scales}
-    for module, (scheme, shape) in modules.items():
-        scales_shape = (shape[0], scheme.groups(shape[1]))
-        expect(reader, f"{module}.weight", torch.float32, shape)
-        expect(reader, module + SCALE_SUFFIX, scheme.scale_dtype, scales_shape)
-        load = partial(_load_latent, reader, module, scheme)
-        size = 4 * shape[0] * shape[1] + scheme.scale_dtype.itemsize * math.prod(scales_shape)
-        entries[f"{module}.weight"] = Entry(shape, torch.float32, load, scheme, size)
-    return entries
-
-
-def _load_latent(reader: ShardReader, module: str, scheme: Scheme) -> QuantizedTensor:
-    weight = reader.tensor(f"{module}.weight")
-    scale = checked_scales(reader, module + SCALE_SUFFIX).float()
-    if not bool((scale > 0).all()):
-        raise CheckpointError(
-            f"{reader.folder}: {module} holds a negative scale; its training diverged."
-        )
-    if not bool(weight.isfinite().all()):
-        raise CheckpointError(
-            f"{reader.folder}: {module} holds a NaN or an infinity; its training diverged."
-        )
-    return quantize(weight, scale, scheme)
-
-
-def _code_entries(reader: ShardReader, quantization: dict[str, Any]) -> dict[str, Entry]:
-    modules = modules_from_json(quantization)
-    suffixes = (SCALE_SUFFIX, ZERO_SUFFIX, MINIMUM_SUFFIX)
-    theirs = {module + suffix for module in modules for suffix in suffixes}
-    entries = {name: dense_entry(reader, name) for name in reader if name not in theirs}
-    for module, (scheme, shape) in modules.items():
-        size = 0
-        for name, (dtype, part) in code_parts(module, scheme, shape).items():
-            expect(reader, name, dtype, part)
-            size += dtype.itemsize * math.prod(part)
-        load = partial(_load_codes, reader, module, scheme)
-        entries[f"{module}.weight"] = Entry(shape, scheme.scale_dtype, load, scheme, size)
-    return entries
-
-
-def code_parts(module: str, scheme: Scheme, shape: tuple[int, int]) -> Parts:
-    """Dtypes and shapes of what a RUN of codes holds of a module."""
-    groups = (shape[0], scheme.groups(shape[1]))
-    parts: Parts = {
-        f"{module}.weight": (torch.uint8, shape),
-        module + SCALE_SUFFIX: (scheme.scale_dtype, groups),
-    }
-    if scheme.grid.zeros:
-        parts[module + ZERO_SUFFIX] = torch.uint8, groups
-    if scheme.grid.minima:
-        parts[module + MINIMUM_SUFFIX] = torch.float32, groups
-    return parts
-
-
-def code_tensors(module: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
-    """What `code_parts` promises."""
-    found = {f"{module}.weight": tensor.codes, module + SCALE_SUFFIX: tensor.scales}
-    if tensor.zeros is not None:
-        found[module + ZERO_SUFFIX] = tensor.zeros
-    if tensor.minima is not None:
-        found[module + MINIMUM_SUFFIX] = tensor.minima
-    return found
-
-
-def _load_codes(reader: ShardReader, module: str, scheme: Scheme) -> QuantizedTensor:
-    codes = reader.tensor(f"{module}.weight")
-    if int(codes.max()) >= scheme.grid.levels:
-        raise CheckpointError(
-            f"{reader.folder}: {module} holds code {int(codes.max())}, and {scheme.grid.name} has "
-            f"{scheme.grid.levels} levels; the file is damaged."
-        )
-    zeros = reader.tensor(module + ZERO_SUFFIX) if scheme.grid.zeros else None
-    minima = checked_minima(reader, module + MINIMUM_SUFFIX) if scheme.grid.minima else None
-    scales = checked_scales(reader, module + SCALE_SUFFIX)
-    return QuantizedTensor(codes, scales, scheme, zeros, minima)
-
-
-def _upstream_entries(reader: ShardReader, config: dict[str, Any]) -> dict[str, Entry]:
-    width = config.get("w_bits")
-    bits = "1.58" if width == 0 else str(width)
-    if bits not in WIDTHS:
-        raise CheckpointError(
-            f"{reader.folder} has weight_clip_val tensors but w_bits {config.get('w_bits')!r} in "
-            "config.json; ParetoQ's are 0 (1.58 bits), 1, 2, 3 and 4."
-        )
-    entries = {}
-    for name in reader:
-        clip = module_of(name) + _UPSTREAM_SUFFIX
-        if name.endswith(".weight") and clip in reader:
-            shape = _matrix_shape(reader, name)
-            scheme = _upstream_scheme(reader, clip, shape, bits)
-            load = partial(_load_upstream, reader, module_of(name), scheme)
-            entries[name] = Entry(shape, reader.dtype(name), load, scheme)
-        elif not name.endswith(_UPSTREAM_SUFFIX):
-            entries[name] = dense_entry(reader, name)
-    return entries
-
-
-def _upstream_scheme(reader: ShardReader, clip: str, shape: tuple[int, int], bits: str) -> Scheme:
-    out, *groups = reader.shape(clip)
-    count = groups[0] if groups else 1
-    if out != shape[0] or count == 0 or shape[1] % count or groups[1:] not in ([], [1]):
-        raise CheckpointError(f"{reader.folder}: {clip} has shape {reader.shape(clip)}.")
-    group_size = None if count == 1 else shape[1] // count
-    if reader.dtype(clip) not in (torch.float16, torch.bfloat16, torch.float32):
-        raise CheckpointError(f"{reader.folder}: {clip} has dtype {reader.dtype(clip)}.")
-    scale = upstream_scale(reader.tensor(clip), WIDTHS[bits])
-    is_portable = torch.equal(portable(scale.float()), scale.float())
-    dtype = torch.float16 if is_portable else scale.dtype
-    return Scheme(WIDTHS[bits].grid, group_size, dtype)
-
-
-def _load_upstream(reader: ShardReader, module: str, scheme: Scheme) -> QuantizedTensor:
-    weight = reader.tensor(f"{module}.weight")
-    clip = reader.tensor(module + _UPSTREAM_SUFFIX)
-    return from_upstream(weight, clip.reshape(clip.shape[0], -1), scheme)

@@ -16,12 +16,12 @@ from qexport.checkpoint import (
     Checkpoint,
     Modules,
     modules_to_json,
-    open_source,
 )
 from qexport.errors import CheckpointError, InputError, QexportError
 from qexport.output import check_writable, mark, marker, strangers, write_json
 from qexport.ranks import barrier, is_main
 from qexport.shards import Parts, plan_shards
+from qexport.source import open_source
 from qexport.stream import FileWriter
 
 __all__ = [

@@ -1,14 +1,38 @@
-"""The dense checkpoint that training and quantization start from, and what it must be for that."""
+"""Folders that no format packed: what training and quantization start from and end with.
+
+A dense Hugging Face checkpoint, a RUN of ours, or a checkpoint of ParetoQ's own training.
+"""
 
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from qexport.checkpoint import Checkpoint, open_source
+from qexport.checkpoint import Checkpoint, dense_entry, read_config
 from qexport.errors import CheckpointError, InputError
+from qexport.run_tensors import code_entries, latent_entries
+from qexport.shards import ShardReader
+from qexport.upstream import is_upstream, upstream_entries
 
-__all__ = ["check_names", "dense_source", "stored_dtype"]
+__all__ = ["check_names", "dense_source", "open_source", "stored_dtype"]
+
+
+def open_source(folder: Path) -> Checkpoint | None:
+    """Open a dense checkpoint, a RUN or an upstream ParetoQ checkpoint; None if it is packed."""
+    config = read_config(folder)
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        if not isinstance(quantization, dict):
+            raise CheckpointError(f"{folder}/config.json: quantization_config is not an object.")
+        form = quantization.get("format")
+        if quantization.get("quant_method") != "qexport" or form not in ("latent", "codes"):
+            return None
+        entries = latent_entries if form == "latent" else code_entries
+        return Checkpoint(folder, "run", config, entries(ShardReader(folder), quantization))
+    reader = ShardReader(folder)
+    if is_upstream(reader):
+        return Checkpoint(folder, "paretoq", config, upstream_entries(reader, config))
+    return Checkpoint(folder, "dense", config, {n: dense_entry(reader, n) for n in reader})
 
 
 def dense_source(folder: Path) -> Checkpoint:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qexport.blocks import Blocks, Stream
-from qexport.checkpoint import Checkpoint, Modules, code_parts, code_tensors, module_of
+from qexport.checkpoint import Checkpoint, Modules, module_of
 from qexport.errors import InputError
 from qexport.experts import expert_of
 from qexport.grid import Scheme
@@ -34,6 +34,7 @@ from qexport.quantization.config import METHODS, QuantizeConfig
 from qexport.quantization.sensitivity import measure, widths_for
 from qexport.ranks import barrier, is_main, join, rank, world_size
 from qexport.run_folder import BLOCKS, claimed, finished, write_run
+from qexport.run_tensors import code_parts, code_tensors
 from qexport.shards import Parts
 from qexport.source import check_names, dense_source, stored_dtype
 

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from qexport.blocks import Blocks
-from qexport.checkpoint import Checkpoint, module_of, open_source
+from qexport.checkpoint import Checkpoint, module_of
 from qexport.errors import InputError
 from qexport.output import write_json
 from qexport.paretoq import effective_scale, width_of
+from qexport.source import open_source
 from qexport.training.block import DONE
 from qexport.training.config import TrainConfig
 from qexport.training.prepare import FakeQuantize, prepare

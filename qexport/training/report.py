@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from qexport.blocks import Blocks
-from qexport.checkpoint import Checkpoint, open_source
+from qexport.checkpoint import Checkpoint
 from qexport.output import write_json
 from qexport.page import Page, Table, html
+from qexport.source import open_source
 from qexport.svg import line_chart
 from qexport.tensor import QuantizedTensor, quantize
 

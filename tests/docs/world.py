@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from qexport.checkpoint import open_source
+from qexport.source import open_source
 from qexport.tiny import write_tiny_model
 from tests.shard_writer import ShardWriter
 

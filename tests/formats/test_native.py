@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file
 
-from qexport.checkpoint import open_source
 from qexport.errors import CheckpointError
 from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.pack import pack
 from qexport.grid import GRIDS, Scheme
+from qexport.source import open_source
 from qexport.tensor import QuantizedTensor
 from tests.conftest import WIDTHS, Runs
 from tests.formats.models import checkpoint, tensor

@@ -9,10 +9,10 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from qexport.checkpoint import open_source
 from qexport.errors import InputError, UnsupportedError
 from qexport.formats import open_checkpoint
 from qexport.formats.verify import verify
+from qexport.source import open_source
 from qexport.training import TrainConfig, state, train
 from qexport.training.phases import start_by_blocks
 

@@ -11,13 +11,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from qexport.checkpoint import modules_to_json, open_source
+from qexport.checkpoint import modules_to_json
 from qexport.errors import CheckpointError, InputError, RefusedError
 from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.pack import pack
 from qexport.grid import Scheme
 from qexport.paretoq import WIDTHS
 from qexport.runtime.loader import load_model
+from qexport.source import open_source
 from qexport.tiny import write_tiny_model
 from qexport.training import TrainConfig, train
 from qexport.training.prepare import prepare, run_tensors
