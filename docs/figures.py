@@ -24,13 +24,16 @@ def accuracy() -> str:
                 short(rounded["builtin"]),
                 short(trained["builtin"]),
                 f"{trained['builtin'] / tuned:.2f}",
+                short(trained["generated"]),
+                f"{trained['generated'] / rows['fine-tuned']['generated']:.2f}",
                 f"{trained['minutes']:.0f}",
             ]
         )
-    head = ["", "rounded (RTN)", "trained", "of the fine-tuned", "minutes"]
+    head = ["", "rounded (RTN)", "trained", "of fine-tuned", "own text", "of fine-tuned", "minutes"]
     note = (
         f"Dense as it comes {rows['dense']['builtin']:.1f}, dense fine-tuned on the same tokens "
-        f"{tuned:.1f}; groups of {found['group_size']}, "
+        f"{tuned:.1f}; on text of the model's own {rows['dense']['generated']:.1f} and "
+        f"{rows['fine-tuned']['generated']:.1f}. Groups of {found['group_size']}, "
         f"{rows['2 QAT']['steps']} steps of 2,048 tokens. At 2 bits the same end to end alone, by "
         f"{rows['2 end to end']['steps']} steps in place of the start: "
         f"{rows['2 end to end']['builtin']:.1f}. The minutes at 1.58 bits are of a run that had "
@@ -61,17 +64,18 @@ def ptq() -> str:
             f"{rows[name]['bits']:.2f}",
             _cell(rows[name]),
             _cell(rows.get(f"mixed as {kind}")),
-            _cell(rows.get(f"kquant {kind[:4]}")),
+            _of(rows.get(f"kquant {kind[:4]}")),
         ]
         for name in rows
-        if (kind := name.removeprefix("llama.cpp ")) != name
+        if (kind := name.removeprefix("llama.cpp ")) != name and kind != "Q3_K_S"
     ]
     head = ["", "bits", "llama.cpp, imatrix", "ours, mixed to as many", "ours, `kquant`"]
     note = (
         f"Perplexity of the same held-out text (dense {rows['dense']['perplexity']:.1f}), after "
         "quantization by the same 64 windows of 512 tokens; in brackets seconds, where the run had "
         "the cores to itself. 256 does not divide 576 inputs, so that llama.cpp's Q2_K and Q3_K_S "
-        "are IQ4_NL in most layers of this model, as ours are."
+        "are the same file, IQ4_NL in most layers, as ours is. RTN differs a little from the table "
+        "above, whose scales are the start of training."
     )
     return _with(
         f"{first}\n\n{table(head, others)}",
@@ -129,7 +133,7 @@ def latency() -> str:
         for batch in (1, 8, 32):
             cell = cells[name, batch]
             step, rate = cell["itl"]["p50"] * 1e3, cell["tokens_per_second"]["p50"]
-            line += [f"{step:.2g} ms", f"{rate:.0f}"]
+            line += [f"{step:.0f} ms" if step >= 10 else f"{step:.1f} ms", f"{rate:.0f}"]
         lines.append(line)
     head = ["", "one: step", "tokens/s", "eight: step", "tokens/s", "32: step", "tokens/s"]
     reasons = "; ".join(found["noise"]["reasons"])
@@ -248,8 +252,8 @@ def fake_quant() -> str:
         for bits in widths
     ]
     note = (
-        "A whole step with fake quantization (compiled) over a plain fine-tuning step of the same "
-        "model and tokens, medians of turns."
+        "Times a plain fine-tuning step of the same model and tokens takes: a whole step with fake "
+        "quantization (compiled), medians of turns."
     )
     return _with(
         table(["", "512 tokens a step", "2,048 tokens a step"], lines),
@@ -274,8 +278,9 @@ def packing() -> str:
         for row in found["rows"]
     ]
     note = (
-        f"A model of Llama-3-8B's shapes ({found['source_bytes'] / 1e9:.1f} GB of 4-bit codes). "
-        "The speed is beside `cp` to the same disk, its source in memory; a first `cp` is slower."
+        f"A model of Llama-3-8B's shapes ({found['source_bytes'] / 1e9:.1f} GB: 4-bit layers, "
+        "dense embedding and head). The speed is beside `cp` to the same disk, its source in "
+        "memory; a first `cp` is slower."
     )
     return _with(
         table(["", "time", "of `cp`'s speed", "peak memory", "read back"], lines),
@@ -320,6 +325,11 @@ def demo() -> str:
         "takes 30 billion tokens."
     )
     return _with(table(["", ""], lines), note, found, "demo.json", "make demo")
+
+
+def _of(row: dict[str, float] | None) -> str:
+    """Perplexity, and the bits that it took."""
+    return "" if row is None else f"{short(row['perplexity'])} at {row['bits']:.2f} bits"
 
 
 def _cell(row: dict[str, float] | None) -> str:

@@ -8,6 +8,7 @@ test holds them to be current. Links are written from the root of the repository
 import os
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from docs.figures import FIGURES, table
 from docs.peers import peers
 from docs.pictures import PICTURES
 from qexport.formats.table import verdict_table
+from qexport.training.recipe import RECIPES, Recipe
 
 __all__ = ["PARTS", "current", "pages"]
 
@@ -47,9 +49,7 @@ def verdicts(name: str = "") -> str:
     formats = [name] if name else [n for n in rows[0]["formats"] if n != "gptq_v2"]
     lines = []
     for row in rows:
-        if row["group_size"] not in ((None, 32, 64, 128, 256) if name else (128, 256)):
-            continue
-        if not name and row["group_size"] == 256:
+        if not name and row["group_size"] not in (None, 128):
             continue
         group = row["group_size"] or "per channel"
         cells = [_verdict(row["formats"][form], row["grid"]) for form in formats]
@@ -57,6 +57,23 @@ def verdicts(name: str = "") -> str:
     if name:
         return table(["grid", "group", "held as, bits per weight on disk"], lines)
     return table(["grid", "group", *formats], lines)
+
+
+def recipes() -> str:
+    """What `train --recipe` sets, at every width that differs."""
+    shown = {
+        f"{name}: {' '.join(bits for bits in widths if widths[bits] == row)}": row
+        for name, widths in RECIPES.items()
+        for row in widths.values()
+    }
+    lines = [
+        [
+            f"`--{field.name.replace('_', '-')}`",
+            *(f"{getattr(row, field.name)}" for row in shown.values()),
+        ]
+        for field in fields(Recipe)
+    ]
+    return table(["at bits", *shown], lines)
 
 
 def picture(name: str) -> str:
@@ -77,6 +94,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "peers": peers,
     "verdicts": verdicts,
     "picture": picture,
+    "recipes": recipes,
 }
 
 

@@ -29,19 +29,21 @@ _CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the commands' pages, and what pages link to outside of docs/."""
-    for name, text in COMMANDS.items():
+    for name in COMMANDS:
         files.append(File.generated(config, f"commands/{name}.md", content=command_page(name)))
-        assert text
     waiting = [file.src_uri for file in files.documentation_pages() if file.abs_src_path]
-    while waiting:
-        uri = waiting.pop()
-        for target in _targets(uri):
-            outside = _uri(target)
-            if outside.startswith("source/") and files.get_file_from_path(outside) is None:
-                if not target.is_file():
-                    raise FileNotFoundError(f"{uri} links to {target}, which is no file")
-                files.append(File.generated(config, outside, content=target.read_bytes()))
-                waiting += [outside] if outside.endswith(".md") else []
+    targets = [ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]  # of the navigation
+    while targets or waiting:
+        if not targets:
+            targets = list(_targets(waiting.pop()))
+            continue
+        target = targets.pop()
+        outside = _uri(target)
+        if outside.startswith("source/") and files.get_file_from_path(outside) is None:
+            if not target.is_file():
+                raise FileNotFoundError(f"a page links to {target}, which is no file")
+            files.append(File.generated(config, outside, content=target.read_bytes()))
+            waiting += [outside] if outside.endswith(".md") else []
     return files
 
 

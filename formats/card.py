@@ -50,14 +50,15 @@ def vllm_reads(form: str, verdicts: list[dict[str, Any]], *, experts: bool = Fal
     grids = {verdict["stored"] for verdict in verdicts}
     if form in ("gptq", "gptq_v2") and not grids <= {"int4", "int8"}:
         return (
-            "vLLM does not read it: of GPTQ it takes symmetric grids at 4 and 8 bits "
-            "(`qexport pack --bits 4`)."
+            "GPTQModel and transformers read it. vLLM does not read it: of GPTQ it takes symmetric "
+            "grids at 4 and 8 bits (`qexport pack --bits 4`)."
         )
     if form == "gptq_v2":
         return "vLLM reads GPTQ files as version 1; `qexport pack --format gptq` is for it."
     if form in ("gptq", "compressed-tensors") and not grids <= {"int4", "uint4"}:
-        where = "with qexport installed beside it" if form == "compressed-tensors" else "at 4 bits"
-        return f"vLLM reads it on NVIDIA GPUs, and on CPUs {where}."
+        if form == "gptq":
+            return "vLLM reads it on NVIDIA GPUs; on CPUs it takes GPTQ of 4 bits alone."
+        return "vLLM reads it on NVIDIA GPUs, and on CPUs with qexport installed beside it."
     if form == "humming":
         return "vLLM reads it on NVIDIA GPUs, with the package humming-kernels."
     if form == "bitsandbytes":
@@ -67,7 +68,7 @@ def vllm_reads(form: str, verdicts: list[dict[str, Any]], *, experts: bool = Fal
     if form == "native":
         return "vLLM reads it where qexport is installed beside it."
     if form == "gguf":
-        return "vLLM does not read it; native, gptq, awq and compressed-tensors are for it."
+        return "llama.cpp reads it. vLLM does not read it; native, gptq, awq … are for that."
     return "vLLM reads it."
 
 
@@ -84,7 +85,7 @@ def model_card(source: Checkpoint, report: dict[str, Any]) -> str:
     run = "```\nqexport serve .\n```" if alone else _RUN.get(form)
     run = run or _TRANSFORMERS.format(needs=needs)
     engine = vllm_reads(form, report["verdicts"], experts=experts)
-    if not engine.startswith("vLLM does not"):
+    if "vLLM does not read it" not in engine:
         run = f"```\nvllm serve .\n```\n\n{run}"
     return f"""---
 library_name: {"gguf" if form == "gguf" else "transformers"}

@@ -259,4 +259,4 @@ def group_size_of(
                 f"{reader.folder}: config.json says groups of {stated!r}, and {module} has "
                 f"{groups} groups in {inputs} inputs."
             )
-    return None if groups == 1 else size
+    return None if groups == 1 and stated != inputs else size

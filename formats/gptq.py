@@ -106,15 +106,16 @@ class Gptq(FolderFormat):
 
     def modules(self, reader: ShardReader, quantization: dict[str, Any]) -> Modules:
         symmetric = bool(quantization.get("sym", True))
-        stated, dynamic = quantization.get("bits"), quantization.get("dynamic")
+        stated, rules = quantization.get("bits"), quantization.get("dynamic") or ()
+        mixed = any(not str(rule).startswith("-") for rule in rules)  # others leave layers dense
         modules: Modules = {}
         for name in reader:
             if not name.endswith(".qweight"):
                 continue
             module = name.removesuffix(".qweight")
-            size = None if dynamic else quantization.get("group_size")
+            size = None if mixed else quantization.get("group_size")
             scheme, shape = _scheme(reader, module, symmetric, size)
-            if not dynamic and scheme.grid.bits != stated:
+            if not mixed and scheme.grid.bits != stated:
                 raise CheckpointError(
                     f"{reader.folder}: config.json says {stated!r} bits, and {module} has "
                     f"{scheme.grid.bits}."

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from qexport.formats.base import Options
 from qexport.formats.registry import FORMATS
 from qexport.grid import (
@@ -32,7 +34,9 @@ def verdict_table(shape: tuple[int, int]) -> list[dict[str, Any]]:
         for group in GROUPS:
             if group is not None and shape[1] % group:
                 continue
-            scheme = Scheme(grid, group)
+            # NF4 as `quantize --method nf4` makes it
+            own = (torch.float32, None, True) if grid is NF4 else (torch.float16,)
+            scheme = Scheme(grid, group, *own)
             cells = {}
             for name, form in FORMATS.items():
                 verdict = form.verdict(scheme, shape, Options())

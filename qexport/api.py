@@ -61,14 +61,14 @@ def pack(
     format: str = "native",
     *,
     bits: int | None = None,
-    block: str | None = None,
+    type: str | None = None,
     embeddings: str = "exact",
     allow_lossy: bool = False,
 ) -> "PackReport":
     """Write a RUN, or any checkpoint that we read, in a format, and prove it; `qexport pack`.
 
     bits          width in the file; None: the narrowest that is exact
-    block         GGUF's block type; None: the narrowest that is exact
+    type          GGUF's block type; None: the narrowest that is exact
     embeddings    GGUF's, `exact`, `f16`, `q8_0` or `q6_k`; the last two are not exact
     allow_lossy   let the format round what it cannot hold, and say by how much
 
@@ -77,7 +77,7 @@ def pack(
     from qexport.formats import Options, format_named
     from qexport.formats.pack import pack as write
 
-    options = Options(bits, block and block.upper(), embeddings, allow_lossy)
+    options = Options(bits, type and type.upper(), embeddings, allow_lossy)
     return write(open_checkpoint(run), format_named(format), Path(output), options)
 
 

@@ -154,6 +154,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if (folder / "qexport.json").exists():
+            raise CheckpointError(
+                f"{folder} holds a run that is not finished; give the command that began it again."
+            ) from None
         raise CheckpointError(
             f"{folder} has no config.json; give the folder of a Hugging Face checkpoint."
         ) from None

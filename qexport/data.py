@@ -62,7 +62,7 @@ def _rows(source: str, split: Split) -> Iterator[tuple[Any, str]]:
         raise InputError("the name of the data is empty.")
     path = Path(source)
     if path.is_dir():
-        return _hub(source)
+        raise InputError(f"{source} is a folder; give a .jsonl or a .txt file.")
     if path.suffix == ".txt":
         return (({"text": text}, source) for text in _text_file(path))
     if path.suffix in _FILE_SUFFIXES:

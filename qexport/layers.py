@@ -9,7 +9,7 @@ from qexport.errors import CheckpointError, InputError
 from qexport.experts import is_router
 from qexport.grid import Scheme
 
-__all__ = ["Choose", "quantized_modules"]
+__all__ = ["Choose", "quantizable", "quantized_modules"]
 
 Choose = Callable[[str], Scheme | None]  # by a layer's name
 
@@ -28,7 +28,7 @@ def quantized_modules(model: nn.Module, choose: Choose) -> Modules:
     the model has matrices that are none of these.
     """
     modules: Modules = {}
-    for name, layer in _layers(model).items():
+    for name, layer in quantizable(model).items():
         scheme = choose(name)
         if scheme is not None:
             _check_group(name, layer, scheme)
@@ -36,8 +36,8 @@ def quantized_modules(model: nn.Module, choose: Choose) -> Modules:
     return modules
 
 
-def _layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """What may be quantized. Raises CheckpointError as `quantized_modules` does."""
+def quantizable(model: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that may be quantized. Raises CheckpointError as `quantized_modules` does."""
     layers = {
         name: module
         for name, module in model.named_modules()

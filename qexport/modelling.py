@@ -86,6 +86,7 @@ def _generation_config(folder: Path) -> Any:
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer beside a checkpoint. Raises CheckpointError where there is none."""
+    transformers_logging.set_verbosity_error()  # of families that it does not know it warns
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever a damaged file made it trip over

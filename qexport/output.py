@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 MARKER = "qexport.json"
+_FULL = ("No space left", "File too large", "quota exceeded")
 _WORKING = (
     "checkpoint-",
     ".checkpoint-",
@@ -255,7 +256,7 @@ def disk_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise QexportError(
                 f"the disk is full while writing {target}; free some space or choose another -o."
             ) from error
@@ -265,7 +266,7 @@ def disk_errors(target: Path) -> Iterator[None]:
             ) from error
         raise
     except Exception as error:  # safetensors reports the operating system's errors as its own
-        if type(error).__name__ == "SafetensorError" and "No space left" in str(error):
+        if type(error).__name__ == "SafetensorError" and any(s in str(error) for s in _FULL):
             raise QexportError(
                 f"the disk is full while writing {target}; free some space or choose another -o."
             ) from error

@@ -76,7 +76,8 @@ def check_patterns(patterns: Iterable[str], layers: Iterable[str]) -> None:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise InputError(
-                f"no layer's name fits {pattern}; they are like model.layers.0.self_attn.q_proj."
+                f"no name of a layer that may be quantized fits {pattern}; they are like "
+                "model.layers.0.self_attn.q_proj."
             )
 
 

@@ -57,10 +57,19 @@ def check_names(source: Checkpoint, plan: nn.Module) -> None:
     mine = {name for name, _ in plan.named_parameters()}  # of those that are tied, the first
     lacking = sorted(mine - set(source))
     if lacking:
-        raise CheckpointError(f"{source.folder} lacks {lacking[0]}; the checkpoint is not whole.")
+        raise CheckpointError(
+            f"{source.folder} has no {lacking[0]}: it is not whole, or transformers has other "
+            "names for tensors of this architecture, which is not supported yet."
+        )
+    for name, parameter in plan.named_parameters():
+        if tuple(parameter.shape) != source.entries[name].shape:
+            raise CheckpointError(
+                f"{source.folder}: {name} is {list(source.entries[name].shape)}, and its config "
+                f"wants {list(parameter.shape)}."
+            )
     odd = sorted(set(source) - mine - {"lm_head.weight"})
     if odd:
         raise CheckpointError(
-            f"{source.folder}: transformers renames or drops {odd[0]} of this architecture, so "
-            "that a run of it could not be written back; it is not supported yet."
+            f"{source.folder}: {odd[0]} is no tensor of this architecture in transformers, so "
+            "that a run with it could not be written back; remove it, or it is not supported yet."
         )

@@ -116,7 +116,7 @@ def preflight(path: Path, dtype: str) -> list[str]:
     said = vllm_reads(checkpoint.layout, [{"stored": name} for name in stored], experts=experts)
     on_cpu = device.type == "cpu"
     ours = checkpoint.layout == "compressed-tensors"  # our kernel stands in vLLM's list
-    if said.startswith("vLLM does not") or (on_cpu and "on NVIDIA GPUs" in said and not ours):
+    if "vLLM does not read it" in said or (on_cpu and "on NVIDIA GPUs" in said and not ours):
         raise UnsupportedError(f"{path} is {checkpoint.layout} with {', '.join(stored)}: {said}")
     return [f"{', '.join(stored)} as {checkpoint.layout}: {said}"]
 

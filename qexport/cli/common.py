@@ -75,17 +75,24 @@ def _options(values: Mapping[Any, Any], ctx: click.Context, path: Path) -> dict[
     for parameter in ctx.command.params:
         for option in [parameter.name or "", *parameter.opts]:
             names[option.lstrip("-").replace("-", "_")] = parameter.name or ""
-    found = {}
+    flags = {p.name for p in ctx.command.params if isinstance(p, click.Option) and p.is_flag}
+    found: dict[str, Any] = {}
     for key, value in values.items():
         name = names.get(str(key).replace("-", "_"))
         if name is None:
             raise click.UsageError(f"{path}: {key} is not an option of {ctx.info_name}.", ctx)
+        if name in found:
+            raise click.UsageError(f"{path}: {key} is said twice; give it once.", ctx)
+        if name in flags and not isinstance(value, bool):
+            raise click.UsageError(f"{path}: {key} is {value!r}; give true or false.", ctx)
         found[name] = _value(value, name in many)
     return found
 
 
 def _value(value: Any, many: bool) -> Any:
     """As the command line would have it: text, or a list of texts for what may be repeated."""
+    if many and isinstance(value, dict):  # PATTERN: BITS
+        return [f"{key}={one}" for key, one in value.items()]
     if many and value is not None:
         return [str(one) for one in value] if isinstance(value, list) else [str(value)]
     return value if isinstance(value, bool) or value is None else str(value)

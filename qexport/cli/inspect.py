@@ -59,15 +59,16 @@ def _module(entry: "Entry", layout: str) -> dict[str, Any]:
 
 def _print(result: dict[str, Any], show_modules: bool) -> None:
     click.echo(f"{result['path']}: {result['layout']} checkpoint, {result['model_type']}")
-    groups: dict[tuple[str, float], int] = {}
+    groups: dict[str, list[tuple[int, float]]] = {}
     for name, module in result["modules"].items():
-        key = (module["scheme"], module["bits_per_weight"])
-        groups[key] = groups.get(key, 0) + 1
+        out, inputs = module["shape"]
+        weights = out * inputs
+        groups.setdefault(module["scheme"], []).append((weights, module["bits_per_weight"]))
         if show_modules:
-            out, inputs = module["shape"]
             width = f"{module['bits_per_weight']:.4g} bits per weight"
             click.echo(f"  {name} [{out}, {inputs}]: {module['scheme']}, {width}")
-    for (scheme, bits), count in groups.items():
-        click.echo(f"  {count} modules: {scheme}, {bits:.4g} bits per weight")
+    for scheme, found in groups.items():
+        bits = sum(count * each for count, each in found) / sum(count for count, _ in found)
+        click.echo(f"  {len(found)} modules: {scheme}, {bits:.4g} bits per weight")
     click.echo(f"  {result['dense_tensors']} dense tensors, {size(result['dense_bytes'])}")
     click.echo(f"  {size(result['file_bytes'])} of weights on disk")

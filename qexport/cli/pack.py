@@ -42,11 +42,17 @@ Examples:
 @click.option(
     "--allow-lossy",
     is_flag=True,
-    help="Let the format round what it cannot hold, and report the error; verify then says NOT "
-    "exact.",
+    help="Let the format round scales, minima and embeddings (never codes to another grid), and "
+    "report the error; verify then says NOT exact.",
 )
 @click.option("--dry-run", is_flag=True, help="Say how it would be held, and write nothing.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder to write; a packed folder that is there already is replaced.",
+)
 @json_option
 def command(
     run: Path,
@@ -83,7 +89,8 @@ def command(
         else:
             click.echo("\n".join(held))
         return
-    progress_console().print(f"packing {run} as {format}", highlight=False)
+    replaced = f", in place of what {output} holds" if output.exists() else ""
+    progress_console().print(f"packing {run} as {format}{replaced}", highlight=False)
     report = pack(source, target, output, options)
     if as_json:
         print_json(report.to_json())

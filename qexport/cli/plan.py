@@ -253,6 +253,8 @@ def _crossover(found: dict[str, Any], other: str) -> str:
     fit = found["sequences_that_fit"][scheme]
     if fit == 0:
         return f"{scheme} does not fit, with {found['context']} tokens."
+    if found["sequences_that_fit"].get(other) == 0:
+        return f"{other} does not fit beside a sequence of {found['context']} tokens."
     what = f"{scheme} takes less than nine tenths of {other}'s time"
     if batch is not None and (fit is None or batch <= fit):
         return f"{what} {'at no batch' if batch == 1 else f'below {batch} sequences at a time'}."

@@ -117,10 +117,15 @@ def command(model: str, dry_run: bool, as_json: bool, **options: Any) -> None:
     elif not dry_run:
         errors = [layer["error"] for layer in results["layers"].values()]
         mean = sum(errors) / len(errors)
+        what = "outputs" if config.looks else "weights"
         click.echo(
             f"{config.output}: {len(errors)} layers, {results['bits_per_weight']:.2f} bits per "
-            f"weight, mean error of their outputs {mean:.2%}"
+            f"weight, mean error of their {what} {mean:.2%}"
         )
+        for name, key in (("before", "error_before"), ("after", "error")):
+            blocks = [block[key] for block in results.get("blocks", ())]
+            if blocks:
+                click.echo(f"blocks {name} learning: mean error {sum(blocks) / len(blocks):.2%}")
 
 
 def _complete(options: dict[str, Any]) -> None:

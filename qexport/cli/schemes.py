@@ -9,7 +9,10 @@ if TYPE_CHECKING:
 
 __all__ = ["BITS", "scheme_of"]
 
-BITS = {"1": "binary", "1.58": "ternary", "2": "seq2", "3": "int3", "4": "int4", "8": "int8"}
+BITS = {
+    **{"1": "binary", "1.58": "ternary", "2": "seq2", "3": "int3", "4": "int4"},
+    **{"5": "int5", "6": "int6", "8": "int8"},
+}
 
 
 def scheme_of(bits: str, group_size: int) -> "Scheme":

@@ -112,6 +112,12 @@ class Passage:
                 yield rows, self.run(rows)
 
     @torch.no_grad()
+    def added(self) -> Tensor:
+        """What the block adds to the first windows, in float32."""
+        hidden = self._inputs.read(self._rows[0], self.device)[:1].float()
+        return self._blocks.run(self.index, self.block, hidden).float() - hidden
+
+    @torch.no_grad()
     def write(self, outputs: Stream) -> None:
         """Put what comes out of the block into another stream."""
         for rows, made in self.outputs():
@@ -263,4 +269,5 @@ def output_error(weight: Tensor, made: Tensor, hessian: Tensor) -> float:
     """The squared error of a layer's output, relative to that output's square."""
     whole = float(((weight @ hessian) * weight).sum())
     lost = made - weight
-    return float(((lost @ hessian) * lost).sum()) / max(whole, torch.finfo(torch.float32).tiny)
+    error = float(((lost @ hessian) * lost).sum())
+    return error / whole if whole > 0 else float(error > 0)

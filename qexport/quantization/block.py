@@ -1,5 +1,6 @@
 """One decoder block, from dense to quantized: what a method does, in which order."""
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from qexport.tensor import QuantizedTensor
 __all__ = ["Result", "quantize_block"]
 
 _FEW = 0.005  # of the tokens
+_FOLDED = 1e-3  # of what a block adds
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,13 @@ def quantize_block(
     """
     method = METHODS[config.method]
     changed: list[str] = []
+    plain: dict[str, float] = {}
     if method.scaling != "none":
         assert passage is not None
-        changed = _equalize(config, block, schemes, stored, passage)
+        changed, plain = _equalize(config, name, block, schemes, stored, passage)
     roundings, report = _round(config, name, block, schemes, passage)
+    for layer, error in plain.items():
+        report[layer]["rtn_error"] = error
     if method.learned and roundings:
         assert passage is not None
         assert targets is not None
@@ -81,17 +86,24 @@ def quantize_block(
 
 def _equalize(
     config: QuantizeConfig,
+    prefix: str,
     block: nn.Module,
     schemes: Mapping[str, Scheme],
     stored: torch.dtype,
     passage: Passage,
-) -> list[str]:
-    """Fold factors into the dense block; returns parameters that have changed."""
+) -> tuple[list[str], dict[str, float]]:
+    """Fold factors into the dense block.
+
+    Returns parameters that have changed, and what rounding would have lost of each layer without
+    them. Raises QexportError for an architecture whose blocks are then not what they were.
+    """
     whole = [stage for stage in STAGES if all(name in schemes for name in stage)]
     if not whole:
-        return []
+        return [], {}
     seen = passage.look([stage[0] for stage in whole])
+    before = passage.added()
     changed: list[str] = []
+    plain: dict[str, float] = {}
     for stage in whole:
         tied = tie(block, stage[0])
         before_is_kept = stage[0] == "self_attn.o_proj" and "self_attn.v_proj" not in schemes
@@ -100,12 +112,21 @@ def _equalize(
             continue
         layers: list[Any] = [block.get_submodule(name) for name in stage]
         weights = [layer.weight.detach() for layer in layers]
+        for name, weight in zip(stage, weights, strict=True):
+            made = nearest(weight, schemes[name], seen[stage[0]]).tensor().dequantize()
+            plain[name] = output_error(weight, made, seen[stage[0]].hessian)
         if METHODS[config.method].scaling == "smooth":
             factors = smooth_factors(weights, seen[stage[0]], tied, config.smooth)
         else:
             factors = awq_factors(weights, [schemes[name] for name in stage], seen[stage[0]], tied)
         changed += fold(block, stage[0], stage, factors, stored)
-    return changed
+    lost = float((passage.added() - before).norm() / before.norm().clamp(min=1e-30))
+    if not lost < _FOLDED:
+        raise QexportError(
+            f"{prefix.removesuffix('.')}: --method {config.method} has no way to scale the inputs "
+            "of this architecture without changing what it computes; use gptq or signround."
+        )
+    return changed, plain
 
 
 def _round(
@@ -138,6 +159,10 @@ def _round(
                     raise QexportError(f"{prefix}{name} holds a NaN or an infinity.")
                 how = inputs if name in by_gptq else None
                 found[name], report[name] = _rounded(config, weight, schemes[name], own, how)
+                if not math.isfinite(report[name]["error"]):
+                    raise QexportError(
+                        f"{prefix}{name} holds weights that are too large to be squared."
+                    )
                 if expert_of(name) is not None and group[0] in seen:
                     report[name] |= {"tokens": seen[group[0]].tokens, "enough": own is not None}
                 layer.weight.data.copy_(found[name].tensor().dequantize())

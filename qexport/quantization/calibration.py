@@ -12,7 +12,8 @@ from qexport.quantization.config import QuantizeConfig
 
 __all__ = ["calibration_windows"]
 
-_DOCUMENTS = 64  # tokenized at a time
+_PIECE = 1 << 16  # characters: a document may be a whole book
+_PIECES = 64  # tokenized at a time
 
 
 def calibration_windows(
@@ -29,8 +30,9 @@ def calibration_windows(
     if config.calibration == "builtin":  # whose own split for this is a few thousand tokens
         texts = chain(texts, documents("builtin", "train", tokenizer))
     parts: list[Tensor] = []
+    pieces = (text[at : at + _PIECE] for text in texts for at in range(0, len(text) or 1, _PIECE))
     while sum(map(len, parts)) < 8 * wanted:
-        batch = list(islice(texts, _DOCUMENTS))
+        batch = list(islice(pieces, _PIECES))
         if not batch:
             break
         parts.append(tokenize(batch, tokenizer))

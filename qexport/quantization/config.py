@@ -62,7 +62,7 @@ GRID_OF = {  # by width, symmetric and not
 _K_GRIDS = {f"{block.grid.bits}": block for block in K_QUANTS.values()}
 # where a row is no whole number of super-blocks: grids of GGUF's blocks of 32
 _K_BESIDE = {"2": IQ4_NL, "3": IQ4_NL, "4": IQ4_NL, "5": INT5, "6": INT8}
-_FREE_FIELDS = ("output", "resume", "batch_size")  # may differ between a kill and a resume
+_FREE_FIELDS = ("output", "resume")  # may differ between a kill and a resume
 _DENSE = "16"
 _MIXED = ("2", "3", "4", "8")
 
@@ -126,8 +126,8 @@ class QuantizeConfig:
             raise InputError(f"there is no --method {self.method}; there are {', '.join(METHODS)}.")
         if self.bits not in GRID_OF:
             raise InputError(f"--bits {self.bits} is not a width; choose {', '.join(GRID_OF)}.")
-        if self.grid is not None and self.grid not in GRIDS:
-            raise InputError(f"there is no --grid {self.grid}; there are {', '.join(GRIDS)}.")
+        if self.grid is not None:
+            self._check_grid(self.grid)
         if self.group_size is not None and self.group_size < 1:
             raise InputError(f"--group-size {self.group_size} is not a group; use -1 per channel.")
         if self.target_bpw is not None and (self.grid is not None or self.calibration is None):
@@ -141,7 +141,8 @@ class QuantizeConfig:
             raise InputError(f"--smooth {self.smooth} is not a share from 0 to 1.")
         if not 0 < self.gptq.percdamp < 1:
             raise InputError(f"--percdamp {self.gptq.percdamp} is not between 0 and 1.")
-        if self.signround.iterations < 1 or not 0 < (self.signround.lr or 0.1) < 1:
+        lr = 0.1 if self.signround.lr is None else self.signround.lr
+        if self.signround.iterations < 1 or not 0 < lr < 1:
             raise InputError("--iterations is at least 1, and --lr between 0 and 1.")
         for name in ("block_size", "refits"):
             if getattr(self.gptq, name) < (0 if name == "refits" else 1):
@@ -163,6 +164,16 @@ class QuantizeConfig:
         if self.target_bpw is not None and not 2 <= self.target_bpw <= 9:
             raise InputError(f"--target-bpw {self.target_bpw} is not between 2 and 9.")
         _ = self._rules, self._scheme(self.bits, self.group_size)
+
+    def _check_grid(self, name: str) -> None:
+        if name not in GRIDS:
+            raise InputError(f"there is no --grid {name}; there are {', '.join(GRIDS)}.")
+        grid = GRIDS[name]
+        if str(grid.bits) != self.bits.replace("1.58", "2"):
+            raise InputError(f"--grid {name} is of {grid.bits} bits, and --bits says {self.bits}.")
+        if grid.zeros == self.sym:
+            other = "--asym" if grid.zeros else "--sym"
+            raise InputError(f"--grid {name} goes with {other}.")
 
     def _check_target(self, target: str) -> None:
         if (self.bits, self.sym, self.grid) != (target_bits(target), True, None):
@@ -198,6 +209,11 @@ class QuantizeConfig:
             return scheme
         if inputs % scheme.super_block.size == 0:
             return scheme
+        if inputs % 32:
+            raise InputError(
+                f"--method kquant wants multiples of 32 inputs, and {layer} has {inputs}; give it "
+                "--module-bits of its own, or leave it out by --exclude."
+            )
         return Scheme(_K_BESIDE[str(scheme.grid.bits)], 32)
 
     @property

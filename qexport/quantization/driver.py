@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from qexport.blocks import Blocks, Stream
 from qexport.checkpoint import Checkpoint, Modules, module_of
-from qexport.errors import InputError
+from qexport.errors import CheckpointError, InputError
 from qexport.experts import expert_of
 from qexport.grid import Scheme
-from qexport.layers import quantized_modules
+from qexport.layers import quantizable, quantized_modules
 from qexport.modelling import build_model, load_tokenizer, meta_model
 from qexport.output import disk_errors, mark, write_json
 from qexport.precision import precision_of
@@ -111,7 +111,7 @@ def _prepared(config: QuantizeConfig, source: Checkpoint, console: Console) -> _
         return config.fitting(name, plan.get_submodule(name).in_features)
 
     modules = quantized_modules(plan, choose)
-    config.check_patterns(name for name, _ in plan.named_modules())
+    config.check_patterns(quantizable(plan))
     if not modules:
         raise InputError("no layer is left to be quantized.")
     check_names(source, plan)
@@ -119,6 +119,8 @@ def _prepared(config: QuantizeConfig, source: Checkpoint, console: Console) -> _
         raise InputError(f"{name} is in no part of a block that is quantized here; --exclude it.")
     if config.target_bpw is not None and any(map(expert_of, modules)):
         raise InputError("--target-bpw is not for mixtures of experts yet; use --module-bits.")
+    if config.target_bpw is not None:
+        _check_least(config, modules, config.target_bpw)
     windows = None
     if config.looks:
         tokenizer = load_tokenizer(config.model)
@@ -159,6 +161,20 @@ def _announce(console: Console, config: QuantizeConfig, job: _Job) -> None:
 
 def _progress(run: Path) -> bool:
     return (run / BLOCKS / _DONE).exists()
+
+
+def _check_least(config: QuantizeConfig, modules: Modules, target: float) -> None:
+    """Raise InputError where the narrowest widths are more than `target` bits per weight."""
+    weights = sum(out * inputs for _, (out, inputs) in modules.values())
+    least = sum(
+        min(scheme.bits_per_weight(inputs) for _, scheme in config.choices(name)) * out * inputs
+        for name, (_, (out, inputs)) in modules.items()
+    )
+    if least > target * weights:
+        raise InputError(
+            f"--target-bpw {target:g} is not to be had: the narrowest widths come to "
+            f"{least / weights:.3f}, scales counted; give more, or larger groups."
+        )
 
 
 def _mixed(config: QuantizeConfig, job: _Job, folder: Path, console: Console) -> Modules:
@@ -315,7 +331,16 @@ def _done(folder: Path) -> list[dict[str, Any]]:
         found = json.loads((folder / _DONE).read_text(encoding="utf-8"))["blocks"]
     except (OSError, ValueError, KeyError, TypeError):
         return []
-    return found if isinstance(found, list) else []
+    if not isinstance(found, list):
+        return []
+    for index in range(len(found)):
+        path = folder / f"block-{index}.safetensors"
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except Exception as error:  # safetensors has errors of its own
+            raise CheckpointError(f"{path} is damaged; --no-resume starts over.") from error
+    return found
 
 
 def _tensors(job: _Job, folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -338,6 +363,7 @@ def _results(config: QuantizeConfig, job: _Job, folder: Path) -> dict[str, Any]:
         for name, errors in report.items()
         if name != "block"
     }
+    blocks = [report["block"] for report in _done(folder) if "block" in report]
     weights = sum(out * inputs for _, (out, inputs) in job.modules.values())
     bits = sum(
         scheme.bits_per_weight(inputs) * out * inputs
@@ -349,4 +375,5 @@ def _results(config: QuantizeConfig, job: _Job, folder: Path) -> dict[str, Any]:
         "tokens": 0 if job.windows is None else job.windows.numel(),
         "seconds": sum(errors["seconds"] for errors in layers.values()),
         "layers": layers,
+        **({"blocks": blocks} if blocks else {}),
     }

@@ -4,6 +4,7 @@ The inputs of a layer are divided by a factor each, and its weights multiplied b
 comes before the layer does the division: a norm by its weight, or a linear layer by its rows.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -25,11 +26,14 @@ def tie(block: nn.Module, stage: str) -> Callable[[Tensor], Tensor] | None:
 
     None where nothing comes before the stage that could take factors.
     """
-    layer: Any = block.get_submodule(stage)
-    before: Any = block.get_submodule(_BEFORE[stage])
+    modules = dict(block.named_modules())
+    layer, before = modules[stage], modules.get(_BEFORE[stage])
+    if before is None or not (isinstance(before, nn.Linear) or _multiplies(before)):
+        return None
+    assert isinstance(layer, nn.Linear)
     if not isinstance(before, nn.Linear) or before.out_features == layer.in_features:
         return lambda factors: factors
-    head = getattr(block.get_submodule("self_attn"), "head_dim", None)
+    head = getattr(modules["self_attn"], "head_dim", None)
     if head is None or before.out_features % head or layer.in_features % before.out_features:
         return None
     heads = before.out_features // head
@@ -39,6 +43,15 @@ def tie(block: nn.Module, stage: str) -> Callable[[Tensor], Tensor] | None:
         return grouped.square().mean(1, keepdim=True).sqrt().expand_as(grouped).reshape(-1)
 
     return shared
+
+
+@torch.no_grad()
+def _multiplies(norm: Any) -> bool:
+    """Whether a norm's output is a multiple of its weight: Gemma's is of one more than that."""
+    x = torch.linspace(-1, 1, norm.weight.numel(), device=norm.weight.device)[None]
+    twice = copy.deepcopy(norm)
+    twice.weight.mul_(2)
+    return torch.allclose(twice(x), 2 * norm(x), rtol=1e-3)
 
 
 @torch.no_grad()

@@ -14,11 +14,12 @@ _NAMES = {  # of AutoGPTQ, GPTQModel, AutoAWQ, LLaMA-Factory and GPTQ's own scri
     **{"symmetric": "sym", "dataset": "calibration", "nsamples": "samples", "seqlen": "length"},
     **{"quant_method": "method", "seq_len": "length", "n_samples": "samples"},
 }
-_NOTHING = ("version", "static_groups", "model_seqlen", "tokenizer", "modules_to_not_convert")
+_NOTHING = ("version", "static_groups", "model_seqlen", "tokenizer")
 _SCOPES = ("per_channel", "per_group", "per_tensor")
 _MS_GROUP = 256  # msModelSlim's group where a recipe names none
 _OF_A_RULE = ("bits", "group_size", "method")
 _EXTRA = ("percdamp", "block_size", "group_size")
+_BESIDE_SPEC = ("spec", "apiversion", "metadata")
 
 
 def options_of(recipe: Mapping[Any, Any], tell: Callable[[str], None]) -> dict[str, Any]:
@@ -27,24 +28,47 @@ def options_of(recipe: Mapping[Any, Any], tell: Callable[[str], None]) -> dict[s
     Raises InputError for a msModelSlim recipe that says what cannot be done.
     """
     if "spec" in recipe:
+        for key in recipe:
+            if key not in _BESIDE_SPEC:
+                raise InputError(f"the recipe has {key} beside its spec; give it as an option.")
         return _of_spec(recipe["spec"])
     found: dict[str, Any] = {}
-    for key, value in recipe.items():
+    for key, given in recipe.items():
         name = str(key).replace("-", "_")
         if name in _NOTHING:
             tell(f"{key} has no meaning here and is left out.")
-        elif name == "zero_point":
-            found["sym"] = not value
-        elif name in _NAMES:
-            found[_NAMES[name]] = value
-            tell(f"{key} is --{_NAMES[name].replace('_', '-')} here.")
-        else:
-            found[str(key)] = value
+            continue
+        ours, value = _translated(name, given)
+        if ours in found:
+            raise InputError(f"the recipe says --{ours.replace('_', '-')} twice; give it once.")
+        found[ours] = value
+        if ours != name:
+            tell(f"{key} is --{ours.replace('_', '-')} here.")
     if "desc_act" in recipe:
         tell(
             "the order of columns needs no g_idx here: scales are those of the groups as they are."
         )
     return found
+
+
+def _translated(name: str, value: Any) -> tuple[str, Any]:
+    """An option and its value, by the name that another tool has for it."""
+    if name == "zero_point":
+        return "sym", not _truth(name, value)
+    if name == "modules_to_not_convert":  # parts of names
+        return "exclude", [f"*{part}*" for part in _texts(value)]
+    return _NAMES.get(name, name), value
+
+
+def _truth(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise InputError(f"the recipe's {name} is {value!r}; give true or false.")
+    return value
+
+
+def _texts(value: Any) -> list[str]:
+    """Of a list, or of one text."""
+    return [value] if isinstance(value, str) else [str(one) for one in value or ()]
 
 
 def _of_spec(spec: Any) -> dict[str, Any]:
@@ -60,10 +84,16 @@ def _of_spec(spec: Any) -> dict[str, Any]:
             kind = process.get("type") if isinstance(process, dict) else process
             raise InputError(f"the recipe's process {kind!r} is not done here; linear_quant is.")
         own = _of_process(process)
-        include = process.get("include") or ["*"]
+        include = _texts(process.get("include")) or ["*"]
+        exclude = _texts(process.get("exclude"))
         if include == ["*"] and "bits" not in found:
-            found |= own | {"exclude": list(process.get("exclude") or [])}
+            found |= own | {"exclude": exclude}
             continue
+        if exclude:
+            raise InputError(
+                "the recipe excludes layers from a process that is not for all; name its layers "
+                "by include alone."
+            )
         others.append(own)
         rule = f"{own['bits']}:{own['group_size']}:{own['method']}"
         rules += [f"{pattern}={rule}" for pattern in include]
@@ -82,14 +112,20 @@ def _of_process(process: Mapping[str, Any]) -> dict[str, Any]:
     """A process' scheme and method."""
     qconfig = process.get("qconfig")
     weight = qconfig.get("weight") if isinstance(qconfig, dict) else None
-    if not isinstance(weight, dict):
+    if not isinstance(qconfig, dict) or not isinstance(weight, dict):
         raise InputError("the recipe's linear_quant has no qconfig.weight.")
+    if qconfig.get("act"):
+        raise InputError(
+            "the recipe quantizes activations (act); of that --method w8a8 alone is done here."
+        )
     scope, dtype = weight.get("scope", "per_channel"), str(weight.get("dtype", "int8"))
     if scope not in _SCOPES:
         raise InputError(f"the recipe's scope {scope!r} is none of {', '.join(_SCOPES)}.")
     if not dtype.startswith("int") or not dtype[3:].isdigit():
         raise InputError(f"the recipe's dtype {dtype!r} is not one like int4.")
     extra = weight.get("ext") or {}
+    if not isinstance(extra, dict):
+        raise InputError(f"the recipe's ext is {extra!r}; give names and values.")
     odd = sorted(set(extra) - set(_EXTRA))
     if odd:
         raise InputError(f"the recipe's ext has {odd[0]}; it may have {', '.join(_EXTRA)}.")
@@ -97,7 +133,7 @@ def _of_process(process: Mapping[str, Any]) -> dict[str, Any]:
     own = {name: extra[name] for name in ("percdamp", "block_size") if name in extra}
     return {
         "bits": dtype[3:],
-        "sym": bool(weight.get("symmetric", True)),
+        "sym": _truth("symmetric", weight.get("symmetric", True)),
         "method": str(weight.get("method", "rtn")).replace("minmax", "rtn"),
         "group_size": group,
         "per_tensor": scope == "per_tensor",

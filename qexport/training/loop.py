@@ -15,7 +15,7 @@ from torch import Tensor
 from qexport.checkpoint import Checkpoint, Modules
 from qexport.errors import InputError, UnsupportedError
 from qexport.experts import expert_of
-from qexport.layers import quantized_modules
+from qexport.layers import quantizable, quantized_modules
 from qexport.modelling import build_model, load_tokenizer, meta_model
 from qexport.output import disk_errors, mark
 from qexport.precision import precision_of
@@ -101,7 +101,7 @@ def _prepared(config: TrainConfig, source: Checkpoint, console: Console) -> _Job
     plan = meta_model(source)
     _check_fit(config, plan, text.rows.tokens)
     modules = quantized_modules(plan, config.scheme_of)
-    config.check_patterns(name for name, _ in plan.named_modules())
+    config.check_patterns(quantizable(plan))
     if not modules and config.bits != DENSE:
         raise InputError("no layer is left to be quantized; --bits 16 trains a dense model.")
     check_names(source, plan)

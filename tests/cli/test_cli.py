@@ -46,7 +46,7 @@ def test_inspect(cli: Cli, runs: Runs, tiny_model: Path, tmp_path: Path) -> None
         assert len(result["modules"]) == 14
         assert {m["bits_per_weight"] for m in result["modules"].values()} == bits
         assert result["file_bytes"] > 0
-    assert "6 modules: int3 g32" in cli("inspect", tmp_path / "gptq").stdout
+    assert "14 modules: int3 g32" in cli("inspect", tmp_path / "gptq").stdout
     assert "mlp.up_proj [128, 64]" in cli("inspect", tmp_path / "gptq", "--modules").stdout
     assert json.loads(cli("inspect", tiny_model, "--json").stdout)["modules"] == {}
 

@@ -233,7 +233,7 @@ def test_a_model_that_is_not_whole_or_diverges(cli: Cli, tiny_model: Path, place
     norm = tensors["model.norm.weight"]
     arguments = ("--data", "builtin", "--bits", "2", *TRAIN, "-o", "run")
     cases = {
-        "lacks model.norm.weight": None,
+        "has no model.norm.weight": None,
         "the loss is nan at step 1": torch.full_like(norm, float("nan")),
     }
     for message, value in cases.items():

@@ -1,5 +1,6 @@
 """Every code block of every page runs, or says why not; what is made of data is current."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -16,8 +17,10 @@ PAGES = {str(path.relative_to(ROOT)): path for path in pages() if "adr" not in p
 
 @pytest.fixture(scope="session")
 def before(world: Path, cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run and a packed folder, for pages that begin with them."""
+    """A run, a packed folder and a text, for pages that begin with them."""
     folder = tmp_path_factory.mktemp("before")
+    line = json.dumps({"text": "The Rhine rises in the Alps and flows to the North Sea. " * 8})
+    (folder / "train.jsonl").write_text(f"{line}\n" * 200)
     settings = ("--bits", "2", "--group-size", "64", "--max-steps", "2", "--max-length", "64")
     model = world / "SmolLM2-135M"
     made = cli("train", model, "--data", "builtin", *settings, "-o", "run", cwd=folder)

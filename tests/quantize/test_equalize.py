@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from qexport.blocks import Blocks
+from qexport.errors import QexportError
 from qexport.formats import open_checkpoint
 from qexport.grid import GRIDS, Scheme
 from qexport.modelling import build_model
@@ -129,3 +131,48 @@ def per_token(_: Any, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
     """Activations as engines have them that multiply int8 by int8."""
     scale = given[0].abs().amax(-1, keepdim=True) / 127
     return ((given[0] / scale).round() * scale,)
+
+
+@pytest.mark.parametrize(
+    ("family", "folds"), [("Gemma", True), ("Gemma2", True), ("Olmo2", False), ("Cohere", False)]
+)
+@pytest.mark.parametrize("method", ["awq", "w8a8"])
+def test_norms_of_another_form_or_at_another_place(
+    family: str, folds: bool, method: str, tmp_path: Path
+) -> None:
+    """Gemma's norms take no factors, values and up projections do; others are refused."""
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 260}
+    ends = {"bos_token_id": None, "eos_token_id": 256, "pad_token_id": 256}
+    config = getattr(transformers, f"{family}Config")(**shape, **heads, **ends)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    folder = write_tiny_model(tmp_path / "model")  # for its tokenizer
+    model.save_pretrained(folder)
+    settings: dict[str, Any] = (
+        {"bits": "8"} if method == "w8a8" else {"bits": "3", "group_size": 32}
+    )
+    asked = QuantizeConfig(
+        model=folder,
+        output=tmp_path / "run",
+        method=method,
+        calibration="builtin",
+        samples=8,
+        length=32,
+        **settings,
+    )
+    if not folds:
+        with pytest.raises(QexportError, match="no way to scale the inputs of this architecture"):
+            quantize_model(asked, Console(quiet=True))
+        assert not (tmp_path / "run" / "config.json").exists()
+        return
+    results = quantize_model(asked, Console(quiet=True))
+    assert len(results["layers"]) == 14
+    made = open_checkpoint(tmp_path / "run")
+    for name in made:
+        if "norm" in name:
+            assert torch.equal(made.dense(name), open_checkpoint(folder).dense(name))

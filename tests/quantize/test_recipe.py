@@ -119,3 +119,56 @@ def test_one_scale_for_a_layer(cli: Cli, tiny_model: Path, tmp_path: Path) -> No
             assert tensor.zeros is None or bool((tensor.zeros == tensor.zeros[0]).all())
             dense = open_checkpoint(tiny_model).dense(f"{module}.weight").float()
             assert float((tensor.dequantize() - dense).norm()) < 0.015 * float(dense.norm())
+
+
+def spec(**process: Any) -> dict[str, Any]:
+    """A recipe with one process, changed."""
+    weight = {"scope": "per_channel", "dtype": "int4"}
+    first = {"type": "linear_quant", "qconfig": {"weight": weight}}
+    return {"spec": {"process": [{**first, **process}]}}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({**spec(), "bits": 3}, "has bits beside its spec"),
+        (spec(qconfig={"weight": {}, "act": {"dtype": "int8"}}), "quantizes activations"),
+        (spec(qconfig={"weight": {"ext": 3}}), "ext is 3; give names and values"),
+        (spec(qconfig={"weight": {"symmetric": "false"}}), "symmetric is 'false'; give true"),
+        ({"zero_point": "false"}, "zero_point is 'false'; give true or false"),
+        ({"bits": 4, "w_bit": 3}, "--bits twice"),
+        ({"zero_point": True, "sym": True}, "--sym twice"),
+        ({"group-size": 64, "group_size": 32}, "--group-size twice"),
+    ],
+)
+def test_what_recipes_may_not_say(recipe: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        options_of(recipe, lambda _: None)
+
+
+def test_layers_that_a_later_process_excludes_are_refused() -> None:
+    recipe = yaml.safe_load(SPEC)
+    recipe["spec"]["process"][1]["exclude"] = "*.layers.0.*"
+    with pytest.raises(InputError, match="excludes layers from a process that is not for all"):
+        options_of(recipe, lambda _: None)
+
+
+def test_layers_that_are_not_to_be_converted_stay_dense() -> None:
+    found = options_of({"modules_to_not_convert": ["v_proj"]}, lambda _: None)
+    assert found == {"exclude": ["*v_proj*"]}
+
+
+@pytest.mark.parametrize("line", ["sym: null", "act_order: 'no'", "true_sequential: 1"])
+def test_switches_are_true_or_false(cli: Cli, tiny_model: Path, tmp_path: Path, line: str) -> None:
+    (tmp_path / "r.yaml").write_text(f"method: rtn\nbits: 4\n{line}\n")
+    asked = cli("quantize", tiny_model, "--config", "r.yaml", "-o", "run", cwd=tmp_path)
+    assert asked.returncode == 2
+    assert "give true or false" in asked.stderr
+
+
+def test_rules_may_be_a_mapping(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("method: rtn\nbits: 4\nmodule_bits: {'*.v_proj': 8}\n")
+    asked = cli("quantize", tiny_model, "--config", "r.yaml", "-o", "run", cwd=tmp_path)
+    assert asked.returncode == 0, asked.stderr
+    modules = open_checkpoint(tmp_path / "run").modules
+    assert modules["model.layers.0.self_attn.v_proj"][0].grid.name == "int8"

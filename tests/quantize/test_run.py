@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -265,7 +266,14 @@ def test_too_little_text(
         ({"samples": 0}, "--samples is less than 1"),
         ({"length": 4096}, "--length 4096 is beyond the context of 512"),
         ({"exclude": ("*",)}, "no layer is left"),
-        ({"include": ("nothing",)}, "no layer's name fits nothing"),
+        ({"include": ("nothing",)}, "no name of a layer that may be quantized fits nothing"),
+        ({"include": ("*.mlp",)}, "fits .*mlp; they are like"),
+        ({"exclude": ("model.norm",)}, "fits model.norm; they are like"),
+        ({"grid": "int8"}, "--grid int8 is of 8 bits, and --bits says 4"),
+        ({"grid": "uint4"}, "--grid uint4 goes with --asym"),
+        ({"bits": "2", "grid": "seq2", "sym": False}, "--grid seq2 goes with --sym"),
+        ({"calibration": "."}, "is a folder; give a .jsonl"),
+        ({"target_bpw": 2.0}, "the narrowest widths come to 2.500"),
         ({"gptq": GptqOptions(percdamp=0)}, "--percdamp 0 is not between 0 and 1"),
     ],
 )
@@ -275,6 +283,58 @@ def test_mistakes(
     with pytest.raises(InputError, match=message):
         quantize_model(config(tiny_model, tmp_path / "run", **changes), QUIET)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_group_as_wide_as_the_layer_packs_exactly(tiny_model: Path, tmp_path: Path) -> None:
+    """It is said as it was asked for, and not as one scale per channel."""
+    include = ("*.q_proj",)  # of 64 inputs
+    asked = config(
+        tiny_model, tmp_path / "run", method="rtn", bits="4", group_size=64, include=include
+    )
+    quantize_model(asked, QUIET)
+    for form in ("native", "gptq", "gptq_v2", "awq", "compressed-tensors", "humming", "gguf"):
+        assert pack(open_checkpoint(tmp_path / "run"), FORMATS[form], tmp_path / form).exact, form
+
+
+def test_tensors_of_another_shape_are_told(tiny_model: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name][:, :32].contiguous()
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"up_proj.weight is \[128, 32\], and its config wants"
+    ):
+        quantize_model(config(model, tmp_path / "run"), QUIET)
+
+
+def test_weights_too_large_for_scales_are_told(tiny_model: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3] = 3e38
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        QexportError, match=r"layers.0.mlp.up_proj holds weights that are too large"
+    ):
+        quantize_model(config(model, tmp_path / "run", method="rtn"), QUIET)
+
+
+def test_layers_of_zeros_lose_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"].zero_()
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    results = quantize_model(config(model, tmp_path / "run", method="rtn"), QUIET)
+    assert results["layers"]["model.layers.0.self_attn.q_proj"]["error"] == 0
+
+
+def test_an_unfinished_run_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "qexport.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="a run that is not finished"):
+        open_checkpoint(tmp_path)
 
 
 def test_a_damaged_run_is_told(tiny_model: Path, tmp_path: Path) -> None:
