@@ -321,7 +321,8 @@ def demo() -> str:
     )
     note = (
         f"SmolLM2-135M-Instruct, 2 bits, groups of {found['settings']['--group-size']}, "
-        f"{found['training']['tokens']:,} tokens. A demonstration, and no good model: ParetoQ "
+        f"{found['training']['tokens']:,} tokens. Perplexity in windows of 512 (tables above: 256) "
+        "and rounded by scales of least squares. A demonstration, and no good model: ParetoQ "
         "takes 30 billion tokens."
     )
     return _with(table(["", ""], lines), note, found, "demo.json", "make demo")

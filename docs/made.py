@@ -55,7 +55,15 @@ def verdicts(name: str = "") -> str:
         cells = [_verdict(row["formats"][form], row["grid"]) for form in formats]
         lines.append([f"`{row['grid']}`", str(group), *cells])
     if name:
-        return table(["grid", "group", "held as, bits per weight on disk"], lines)
+        refused = {row["grid"] for row in rows} - {
+            row["grid"] for row in rows if row["formats"][name]["verdict"] != "refused"
+        }
+        shown = [line for line in lines if line[0].strip("`") not in refused]
+        key = "Of 4096 x 4096 weights with float16 scales; \\* re-coded without loss."
+        also = f" Refused in any group: {', '.join(sorted(refused))}." if refused else ""
+        return (
+            f"{table(['grid', 'group', 'held as, bits per weight on disk'], shown)}\n\n{key}{also}"
+        )
     return table(["grid", "group", *formats], lines)
 
 

@@ -13,9 +13,7 @@ def peers() -> str:
     cells = {(c["contender"], c["batch"]): c for c in load("latency-smollm2/report.json")["cells"]}
 
     seq2 = next(
-        row
-        for row in verdict_table((4096, 4096))
-        if (row["grid"], row["group_size"]) == ("seq2", 64)
+        row for row in verdict_table((576, 576)) if (row["grid"], row["group_size"]) == ("seq2", 64)
     )
     on_disk = {name: f"{cell['bits_per_weight']:.4g}" for name, cell in seq2["formats"].items()}
 

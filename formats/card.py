@@ -49,9 +49,10 @@ def vllm_reads(form: str, verdicts: list[dict[str, Any]], *, experts: bool = Fal
         return "vLLM has loaders for experts in this format, which were not tried here."
     grids = {verdict["stored"] for verdict in verdicts}
     if form in ("gptq", "gptq_v2") and not grids <= {"int4", "int8"}:
+        instead = "`--format awq`" if "uint4" in grids else "`qexport pack --bits 4`"
         return (
             "GPTQModel and transformers read it. vLLM does not read it: of GPTQ it takes symmetric "
-            "grids at 4 and 8 bits (`qexport pack --bits 4`)."
+            f"grids at 4 and 8 bits ({instead})."
         )
     if form == "gptq_v2":
         return "vLLM reads GPTQ files as version 1; `qexport pack --format gptq` is for it."

@@ -73,7 +73,7 @@ def _check_group(name: str, layer: nn.Linear, scheme: Scheme) -> None:
             raise InputError(
                 f"{scheme.super_block.name} wants multiples of {scheme.super_block.size} inputs, "
                 f"and {name} has {layer.in_features}; give it --module-bits of its own, or leave "
-                "it out by --exclude."
+                "it out by --exclude or --include."
             ) from None
         sizes = [g for g in (16, 32, 64, 128, 256) if layer.in_features % g == 0]
         raise InputError(

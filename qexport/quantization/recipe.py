@@ -42,7 +42,9 @@ def options_of(recipe: Mapping[Any, Any], tell: Callable[[str], None]) -> dict[s
         if ours in found:
             raise InputError(f"the recipe says --{ours.replace('_', '-')} twice; give it once.")
         found[ours] = value
-        if ours != name:
+        if name == "zero_point":
+            tell(f"zero_point: {str(given).lower()} is --{'asym' if given else 'sym'} here.")
+        elif ours != name:
             tell(f"{key} is --{ours.replace('_', '-')} here.")
     if "desc_act" in recipe:
         tell(
