@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 Split = Literal["train", "calibration", "eval", "all"]
+_DATASET_SUFFIXES = (".jsonl", ".parquet", ".arrow", ".csv", ".gz", ".zst")
 _FILE_SUFFIXES = (".jsonl", ".json", ".txt")
 
 
@@ -62,7 +63,11 @@ def _rows(source: str, split: Split) -> Iterator[tuple[Any, str]]:
         raise InputError("the name of the data is empty.")
     path = Path(source)
     if path.is_dir():
-        raise InputError(f"{source} is a folder; give a .jsonl or a .txt file.")
+        beside = path / "data"
+        files = [*path.iterdir(), *(beside.iterdir() if beside.is_dir() else ())]
+        if not any(file.suffix in _DATASET_SUFFIXES for file in files):
+            raise InputError(f"{source} is a folder without data; give a .jsonl or a .txt file.")
+        return _hub(source)
     if path.suffix == ".txt":
         return (({"text": text}, source) for text in _text_file(path))
     if path.suffix in _FILE_SUFFIXES:

@@ -272,7 +272,7 @@ def test_too_little_text(
         ({"grid": "int8"}, "--grid int8 is of 8 bits, and --bits says 4"),
         ({"grid": "uint4"}, "--grid uint4 goes with --asym"),
         ({"bits": "2", "grid": "seq2", "sym": False}, "--grid seq2 goes with --sym"),
-        ({"calibration": "."}, "is a folder; give a .jsonl"),
+        ({"calibration": "."}, "is a folder without data; give a .jsonl"),
         ({"target_bpw": 2.0}, "the narrowest widths come to 2.500"),
         ({"gptq": GptqOptions(percdamp=0)}, "--percdamp 0 is not between 0 and 1"),
     ],
