@@ -39,7 +39,7 @@ def test_mistakes_in_a_sentence(cli: Cli) -> None:
     for said, *arguments in (
         ("give rows and inputs", "--shape", "12"),
         ("groups of 100 do not divide", "--group-size", "100"),
-        ("--bits 5: there are", "--bits", "5"),
+        ("--bits 7: there are", "--bits", "7"),
     ):
         result = cli("bench", "kernels", *arguments)
         assert result.returncode == 2 and said in result.stderr

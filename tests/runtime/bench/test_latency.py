@@ -84,12 +84,14 @@ def test_a_busy_machine_is_not_called_quiet() -> None:
     code = "import time; end = time.time() + 1\nwhile time.time() < end: pass"
     subprocess.run([sys.executable, "-c", code], check=True)
     noise.end(0.0)
+    noise.stolen = 0.0  # what a hypervisor takes meanwhile is another reason
     assert "other processes took" in noise.reasons()[0]
     mine = Noise()
     mine.spread("x", [1.0] * 4)
     mine.begin(0.0)
     subprocess.run([sys.executable, "-c", code], check=True)
     mine.end(1e6)  # it was ours, and more
+    mine.stolen = 0.0
     assert not mine.reasons()
 
 
