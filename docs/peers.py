@@ -48,7 +48,7 @@ def peers() -> str:
             "",
         ],
         [
-            "64 clients at 16 slots, 4 bits, tokens/s",
+            f"{served['streams']} clients at {served['slots']} slots, 4 bits, tokens/s",
             f"{served['qexport']['tokens/s']:.0f}",
             f"{served['vllm bfloat16']['tokens/s']:.0f} (bfloat16), "
             f"{served['vllm int4']['tokens/s']:.0f} (GPTQ)",

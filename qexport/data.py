@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 Split = Literal["train", "calibration", "eval", "all"]
-_DATASET_SUFFIXES = (".jsonl", ".parquet", ".arrow", ".csv", ".gz", ".zst")
+_DATASET_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".gz", ".zst")
 _FILE_SUFFIXES = (".jsonl", ".json", ".txt")
 
 
@@ -65,7 +65,8 @@ def _rows(source: str, split: Split) -> Iterator[tuple[Any, str]]:
     if path.is_dir():
         beside = path / "data"
         files = [*path.iterdir(), *(beside.iterdir() if beside.is_dir() else ())]
-        if not any(file.suffix in _DATASET_SUFFIXES for file in files):
+        model = (path / "config.json").exists()
+        if model or not any(file.suffix in _DATASET_SUFFIXES for file in files):
             raise InputError(f"{source} is a folder without data; give a .jsonl or a .txt file.")
         return _hub(source)
     if path.suffix == ".txt":

@@ -113,8 +113,9 @@ def _equalize(
         layers: list[Any] = [block.get_submodule(name) for name in stage]
         weights = [layer.weight.detach() for layer in layers]
         for name, weight in zip(stage, weights, strict=True):
-            made = nearest(weight, schemes[name], seen[stage[0]]).tensor().dequantize()
-            plain[name] = output_error(weight, made, seen[stage[0]].hessian)
+            own = seen[stage[0]]
+            made = nearest(weight, schemes[name], own, per_tensor=config.per_tensor).tensor()
+            plain[name] = output_error(weight, made.dequantize(), own.hessian)
         if METHODS[config.method].scaling == "smooth":
             factors = smooth_factors(weights, seen[stage[0]], tied, config.smooth)
         else:

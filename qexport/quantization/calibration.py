@@ -1,7 +1,7 @@
 """The text that a model is shown while it is quantized."""
 
-from collections.abc import Callable
-from itertools import chain, islice
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,8 +12,7 @@ from qexport.quantization.config import QuantizeConfig
 
 __all__ = ["calibration_windows"]
 
-_PIECE = 1 << 16  # characters: a document may be a whole book
-_PIECES = 64  # tokenized at a time
+_DOCUMENTS, _CHARACTERS = 64, 1 << 20  # tokenized at a time: tokens take 200 times the text
 
 
 def calibration_windows(
@@ -29,13 +28,11 @@ def calibration_windows(
     texts = documents(config.calibration, "calibration", tokenizer)
     if config.calibration == "builtin":  # whose own split for this is a few thousand tokens
         texts = chain(texts, documents("builtin", "train", tokenizer))
-    parts: list[Tensor] = []
-    pieces = (text[at : at + _PIECE] for text in texts for at in range(0, len(text) or 1, _PIECE))
-    while sum(map(len, parts)) < 8 * wanted:
-        batch = list(islice(pieces, _PIECES))
-        if not batch:
-            break
+    parts = [torch.empty(0, dtype=torch.int64)]
+    for batch in _batches(texts):
         parts.append(tokenize(batch, tokenizer))
+        if sum(map(len, parts)) >= 8 * wanted:
+            break
     found = windows(torch.cat(parts), config.length, "--length")
     if len(found) < config.samples:
         tell(
@@ -44,3 +41,19 @@ def calibration_windows(
         )
     dice = torch.Generator().manual_seed(config.seed)
     return found[torch.randperm(len(found), generator=dice)[: config.samples]]
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Some documents at a time; one that is a whole book comes in pieces."""
+    batch: list[str] = []
+    room = _CHARACTERS
+    for text in texts:
+        for at in range(0, len(text), _CHARACTERS):
+            piece = text[at : at + _CHARACTERS]
+            if batch and (len(batch) == _DOCUMENTS or len(piece) > room):
+                yield batch
+                batch, room = [], _CHARACTERS
+            batch.append(piece)
+            room -= len(piece)
+    if batch:
+        yield batch

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.base import Options
 from qexport.formats.pack import pack
 from qexport.quantization import GptqOptions, QuantizeConfig, quantize_model
+from qexport.quantization.calibration import _batches
 from qexport.quantization.config import METHODS
 from qexport.quantization.signround import SignRoundOptions
 from qexport.tiny import write_tiny_model
@@ -329,6 +330,16 @@ def test_layers_of_zeros_lose_nothing(tiny_model: Path, tmp_path: Path) -> None:
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     results = quantize_model(config(model, tmp_path / "run", method="rtn"), QUIET)
     assert results["layers"]["model.layers.0.self_attn.q_proj"]["error"] == 0
+
+
+def test_a_book_is_tokenized_in_pieces() -> None:
+    """And documents in batches of no more characters than that, none lost."""
+    book = "x" * (5 << 19)
+    texts = ["short", book, *["a" * (1 << 18)] * 9, *["b"] * 200]
+    batches = list(_batches(texts))
+    assert "".join(chain(*batches)) == "".join(texts)
+    assert max(sum(map(len, batch)) for batch in batches) <= 1 << 20
+    assert max(map(len, batches)) == 64
 
 
 def test_an_unfinished_run_is_called_so(tmp_path: Path) -> None:

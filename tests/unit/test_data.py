@@ -93,3 +93,9 @@ def test_a_dataset_folder_is_read_by_the_datasets_library(tmp_path: Path, tokeni
 def test_a_dataset_that_cannot_be_fetched(tokenizer: Any) -> None:
     with pytest.raises(InputError, match="nor a dataset that can be fetched"):
         list(documents("no-such-owner/no-such-dataset", "train", tokenizer))
+
+
+def test_a_model_is_no_dataset(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="is a folder without data"):
+        list(documents(str(tmp_path), "train", tokenizer))

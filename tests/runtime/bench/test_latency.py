@@ -93,6 +93,8 @@ def test_a_busy_machine_is_not_called_quiet() -> None:
     mine.end(1e6)  # it was ours, and more
     mine.stolen = 0.0
     assert not mine.reasons()
+    mine.stolen = 1e3
+    assert "the hypervisor took" in mine.reasons()[0]
 
 
 def test_where_another_is_overtaken() -> None:
