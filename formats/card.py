@@ -6,10 +6,10 @@ from typing import Any
 
 from qexport.checkpoint import Checkpoint
 from qexport.experts import expert_of
-from qexport.grid import GRIDS
+from qexport.formats.vllm_support import vllm_support
 from qexport.version import __version__
 
-__all__ = ["model_card", "vllm_reads"]
+__all__ = ["model_card"]
 
 _RUN = {
     "native": """```
@@ -41,38 +41,6 @@ _NEEDS = {
 }
 
 
-def vllm_reads(form: str, verdicts: list[dict[str, Any]], *, experts: bool = False) -> str:
-    """What vLLM 0.32 and 0.33 make of a folder, in a sentence; `experts` are among its layers."""
-    if experts and form in ("native", "humming", "bitsandbytes"):
-        return "vLLM does not read it: experts in this format are served by `qexport serve` alone."
-    if experts and form != "gguf":
-        return "vLLM has loaders for experts in this format, which were not tried here."
-    grids = {verdict["stored"] for verdict in verdicts}
-    if form in ("gptq", "gptq_v2") and not grids <= {"int4", "int8"}:
-        instead = "`--format awq`" if "uint4" in grids else "`qexport pack --bits 4`"
-        return (
-            "GPTQModel and transformers read it. vLLM does not read it: of GPTQ it takes symmetric "
-            f"grids at 4 and 8 bits ({instead})."
-        )
-    if form == "gptq_v2":
-        return "vLLM reads GPTQ files as version 1; `qexport pack --format gptq` is for it."
-    if form in ("gptq", "compressed-tensors") and not grids <= {"int4", "uint4"}:
-        if form == "gptq":
-            return "vLLM reads it on NVIDIA GPUs; on CPUs it takes GPTQ of 4 bits alone."
-        return "vLLM reads it on NVIDIA GPUs, and on CPUs with qexport installed beside it."
-    if form == "humming":
-        return "vLLM reads it on NVIDIA GPUs, with the package humming-kernels."
-    if form == "bitsandbytes":
-        return "vLLM does not read it: it has dropped bitsandbytes; transformers reads it."
-    if form == "native" and not all(GRIDS[name].uniform for name in grids):
-        return "vLLM does not read it: no kernel of the plugin takes these grids."
-    if form == "native":
-        return "vLLM reads it where qexport is installed beside it."
-    if form == "gguf":
-        return "llama.cpp reads it. vLLM does not read it; native, gptq, awq … are for that."
-    return "vLLM reads it."
-
-
 def model_card(source: Checkpoint, report: dict[str, Any]) -> str:
     """README.md for a packed folder. `report` is a PackReport as JSON."""
     form = report["format"]
@@ -85,8 +53,9 @@ def model_card(source: Checkpoint, report: dict[str, Any]) -> str:
     alone = form == "humming" or (experts and form == "native")
     run = "```\nqexport serve .\n```" if alone else _RUN.get(form)
     run = run or _TRANSFORMERS.format(needs=needs)
-    engine = vllm_reads(form, report["verdicts"], experts=experts)
-    if "vLLM does not read it" not in engine:
+    stored = {verdict["stored"] for verdict in report["verdicts"]}
+    vllm = vllm_support(form, stored, experts=experts)
+    if vllm.devices:
         run = f"```\nvllm serve .\n```\n\n{run}"
     return f"""---
 library_name: {"gguf" if form == "gguf" else "transformers"}
@@ -107,7 +76,7 @@ Packed by qexport {__version__} as `{form}`.
 
 ## How to run it
 
-{engine}
+{vllm.sentence}
 
 {run}
 """

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["generate", "load", "open_checkpoint", "pack", "quantize", "train", "verify"]
 
 Folder = str | PathLike[str]
-_TOKENS = 128
 
 
 def train(config: "TrainConfig", *, progress: bool = False) -> dict[str, Any]:
@@ -138,8 +137,7 @@ def generate(
                 seed=seed,
             )
     tokens = model.encode(prompt) if isinstance(prompt, str) else model.encode_chat(prompt)
-    room = max(1, min(_TOKENS, model.context - len(tokens)))
-    sampling = Sampling(max_tokens or room, temperature, top_p, seed)
+    sampling = Sampling(max_tokens or model.room(tokens), temperature, top_p, seed)
     return "".join(piece.text for piece in model.stream(tokens, sampling))
 
 

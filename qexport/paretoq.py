@@ -93,35 +93,45 @@ def fake_quantize(
     scheme: Scheme,
     gradient: Gradient = "paper",
     *,
+    dtype: torch.dtype = torch.float32,
     fused: bool = False,
 ) -> Tensor:
     """`quantize(weight, scale).dequantize()` with ParetoQ's gradients.
 
-    weight float32 [out, in], alpha float32 [out, groups]; returns float32 [out, in].
+    weight float32 [out, in], alpha float32 [out, groups]; returns `dtype` [out, in].
 
     gradient   of rounding: the `paper`'s is that of the identity. `stable` is StableQAT's
                (arXiv 2601.19320): the staircase, seen along its diagonal, is a triangle wave, and
                the slope of its first, damped harmonic is near nothing in the middle of a step and
                that of the identity where two steps meet
+    dtype      that products are taken in; a cast after this function would give the same values
+               and gradients, and pass over the weight twice more
     fused      by compiled code that passes over the weight once (`qexport.fused`)
     """
-    out: Tensor = _FakeQuantize.apply(weight, alpha, scheme, gradient, fused)  # type: ignore[no-untyped-call]
+    out: Tensor = _FakeQuantize.apply(weight, alpha, scheme, gradient, dtype, fused)  # type: ignore[no-untyped-call]
     return out
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, alpha: Tensor, scheme: Scheme, gradient: Gradient, fused: bool
+        ctx: Any,
+        weight: Tensor,
+        alpha: Tensor,
+        scheme: Scheme,
+        gradient: Gradient,
+        dtype: torch.dtype,
+        fused: bool,
     ) -> Tensor:
         scale = effective_scale(alpha, scheme)
-        values, codes = (compiled(_quantized) if fused else _quantized)(weight, scale, scheme)
+        quantized = compiled(_quantized) if fused else _quantized
+        values, codes = quantized(weight, scale, scheme, dtype)
         ctx.save_for_backward(weight, scale, codes)  # a byte a weight, not four
         ctx.scheme, ctx.gradient, ctx.fused = scheme, gradient, fused
         return values
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         gradients = compiled(_gradients) if ctx.fused else _gradients
         # A portable scale makes the quantized value exact in float32, so that its difference from
         # the weight keeps its digits where the two are close; others need float64 for that.
@@ -129,12 +139,14 @@ class _FakeQuantize(torch.autograd.Function):
         weight, scale, codes = ctx.saved_tensors
         width = width_of(ctx.scheme)
         of_both = gradients(grad, weight, scale, codes, width, wide, ctx.gradient)
-        return (*of_both, None, None, None)
+        return (*of_both, None, None, None, None)
 
 
-def _quantized(weight: Tensor, scale: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+def _quantized(
+    weight: Tensor, scale: Tensor, scheme: Scheme, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     found = quantize(weight, scale, scheme)
-    return found.dequantize(), found.codes
+    return found.dequantize().to(dtype), found.codes
 
 
 def _gradients(
@@ -150,7 +162,8 @@ def _gradients(
     assert width.grid.zero is not None
     out, groups = scale.shape
     alpha = (scale / width.step).unsqueeze(-1)
-    grad, weight = grad.view(out, groups, -1), weight.view(out, groups, -1)
+    grad = grad.to(weight.dtype).view(out, groups, -1)
+    weight = weight.view(out, groups, -1)
     units = weight / alpha
     outside = (units < width.low).logical_or_(units > width.high)
     slopes = None

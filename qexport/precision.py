@@ -7,7 +7,7 @@ import torch
 
 from qexport.errors import UnsupportedError
 
-__all__ = ["Precision", "autocast", "precision_of"]
+__all__ = ["Precision", "autocast", "dtype_of", "precision_of", "product_dtype"]
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
@@ -30,7 +30,20 @@ def precision_of(asked: Precision) -> str:
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
 
 
+def dtype_of(precision: str) -> torch.dtype:
+    """What products are computed in at a `precision_of`."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+
+
 def autocast(precision: str, device: torch.device) -> Any:
     """The context of forward passes."""
-    half = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, half, enabled=precision != "fp32")
+    dtype = dtype_of(precision)
+    enabled = dtype != torch.float32
+    return torch.autocast(device.type, dtype if enabled else None, enabled=enabled)
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    """What a linear layer multiplies in, where this is called: autocast's dtype or float32."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return torch.float32

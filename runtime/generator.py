@@ -13,6 +13,8 @@ from qexport.runtime.templates import TemplateWorker
 
 __all__ = ["Generator", "Piece", "Sampling"]
 
+_TOKENS = 128
+
 
 class Generator:
     """One model and its tokenizer, for any number of requests at a time.
@@ -87,6 +89,10 @@ class Generator:
         template = self.tokenizer.get_chat_template(tools=variables.get("tools"))
         special = {name: str(text) for name, text in self.tokenizer.special_tokens_map.items()}
         return self.templates.render(template, messages, **{**special, **variables})
+
+    def room(self, prompt: list[int]) -> int:
+        """How many tokens to make where nobody says: 128, or what the context has left."""
+        return max(1, min(_TOKENS, self.context - len(prompt)))
 
     def stream(self, prompt: list[int], sampling: Sampling) -> Ticket:
         """Generate from prompt tokens; the last piece alone has a finish_reason.

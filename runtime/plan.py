@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 from qexport.errors import InputError
 from qexport.formats.base import Options
-from qexport.formats.card import vllm_reads
 from qexport.formats.registry import FORMATS
+from qexport.formats.vllm_support import vllm_support
 from qexport.grid import INT8, Scheme
 from qexport.runtime.families import DecoderConfig
 from qexport.runtime.hardware import Hardware
@@ -126,7 +126,7 @@ def file_sizes(model: Model, scheme: Scheme) -> list[dict[str, Any]]:
                 "verdict": next(iter(verdicts.values())).kind(scheme),
                 "stored": stored,
                 "bytes": round(packed + model.dense * _DENSE_BYTES),
-                "vllm": vllm_reads(name, [{"stored": one} for one in stored]),
+                "vllm": vllm_support(name, stored).sentence,
             }
         )
     return rows

@@ -23,7 +23,7 @@ from qexport.checkpoint import Modules
 from qexport.errors import InputError, QexportError, UnsupportedError
 from qexport.experts import expert_of
 from qexport.formats import open_checkpoint
-from qexport.formats.card import vllm_reads
+from qexport.formats.vllm_support import vllm_support
 from qexport.runtime.child import end_with_parent
 from qexport.runtime.kernels import choose
 from qexport.runtime.loader import resolve_dtype
@@ -113,12 +113,11 @@ def preflight(path: Path, dtype: str) -> list[str]:
         return _native_lines(checkpoint.modules, device, served)
     stored = sorted({scheme.grid.name for scheme, _ in checkpoint.modules.values()})
     experts = any(map(expert_of, checkpoint.modules))
-    said = vllm_reads(checkpoint.layout, [{"stored": name} for name in stored], experts=experts)
-    on_cpu = device.type == "cpu"
-    ours = checkpoint.layout == "compressed-tensors"  # our kernel stands in vLLM's list
-    if "vLLM does not read it" in said or (on_cpu and "on NVIDIA GPUs" in said and not ours):
-        raise UnsupportedError(f"{path} is {checkpoint.layout} with {', '.join(stored)}: {said}")
-    return [f"{', '.join(stored)} as {checkpoint.layout}: {said}"]
+    vllm = vllm_support(checkpoint.layout, stored, experts=experts)
+    held = ", ".join(stored)
+    if device.type not in vllm.devices:
+        raise UnsupportedError(f"{path} is {checkpoint.layout} with {held}: {vllm.sentence}")
+    return [f"{held} as {checkpoint.layout}: {vllm.sentence}"]
 
 
 def _native_lines(modules: Modules, device: torch.device, dtype: torch.dtype) -> list[str]:

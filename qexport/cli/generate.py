@@ -9,7 +9,6 @@ import click
 from qexport.cli.common import Command
 from qexport.cli.serving import serving_options
 
-_TOKENS = 128
 _EPILOG = """\b
 Example:
   qexport generate packed -p "The capital of France is" --max-tokens 20"""
@@ -42,8 +41,7 @@ def command(
         prompt = sys.stdin.read()
     with open_generator(path, Serving(**serving)) as generator:
         tokens = generator.encode(prompt)
-        room = max(1, min(_TOKENS, generator.context - len(tokens)))
-        sampling = Sampling(max_tokens or room, temperature, top_p, seed)
+        sampling = Sampling(max_tokens or generator.room(tokens), temperature, top_p, seed)
         for piece in generator.stream(tokens, sampling):
             click.echo(piece.text, nl=False)
     click.echo()

@@ -74,8 +74,8 @@ def command(
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from qexport.experts import expert_of
     from qexport.formats import Options, format_named, open_checkpoint
-    from qexport.formats.card import vllm_reads
     from qexport.formats.pack import holdings, pack, plan
+    from qexport.formats.vllm_support import vllm_support
 
     target = format_named(format)
     options = Options(bits, block and block.upper(), embeddings, allow_lossy)
@@ -103,4 +103,5 @@ def command(
     )
     click.echo(report.verification.describe())
     experts = any(map(expert_of, source.modules))
-    click.echo(vllm_reads(format, report.verdicts, experts=experts))
+    stored = [verdict["stored"] for verdict in report.verdicts]
+    click.echo(vllm_support(format, stored, experts=experts).sentence)

@@ -9,6 +9,7 @@ from qexport.checkpoint import Modules
 from qexport.errors import UnsupportedError
 from qexport.grid import Scheme
 from qexport.paretoq import Gradient, fake_quantize, initial_alpha
+from qexport.precision import dtype_of, precision_of
 from qexport.training.config import TrainConfig
 
 __all__ = ["fusing", "why_not"]
@@ -31,7 +32,8 @@ def fusing(config: TrainConfig, modules: Modules, max_steps: int, console: Conso
         return False
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     schemes = dict.fromkeys(scheme for scheme, _ in modules.values())
-    reason = why_not(schemes, config.settings.gradient, device)
+    dtype = dtype_of(precision_of(config.precision))
+    reason = why_not(schemes, config.settings.gradient, device, dtype)
     if reason is not None:
         if config.compile:
             raise UnsupportedError(f"--compile: {reason}.")
@@ -40,10 +42,16 @@ def fusing(config: TrainConfig, modules: Modules, max_steps: int, console: Conso
     return True
 
 
-def why_not(schemes: Iterable[Scheme], gradient: Gradient, device: torch.device) -> str | None:
+def why_not(
+    schemes: Iterable[Scheme],
+    gradient: Gradient,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> str | None:
     """Why compiled quantizers may not take the place of the others, or None.
 
-    They have to work here, and to give the same values bit by bit, ties and all.
+    They have to work here, and to give the same values bit by bit, ties and all, in the `dtype`
+    that products are taken in.
     """
     for scheme in schemes:
         inputs = 2 * (scheme.super_block.size if scheme.super_block else scheme.group_size or 64)
@@ -53,7 +61,7 @@ def why_not(schemes: Iterable[Scheme], gradient: Gradient, device: torch.device)
         values = fake_quantize(weight, alpha, scheme)
         weight[::2] = values[::2]  # in the middle of a step,
         weight[1::4] = values[1::4] + (values[1::4] - values.flip(1)[1::4]) / 2  # and on its edges
-        down = torch.randn(64, inputs, generator=dice).to(device)
+        down = torch.randn(64, inputs, generator=dice).to(device, dtype)
         plain = _both(weight, alpha, down, scheme, gradient, fused=False)
         try:
             fused = _both(weight, alpha, down, scheme, gradient, fused=True)
@@ -76,8 +84,8 @@ def _both(
     *,
     fused: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Quantized values, and the gradients of weight and alpha for `down` of the values."""
+    """Quantized values, and the gradients of weight and alpha for `down`, that of the values."""
     weight, alpha = weight.clone().requires_grad_(), alpha.clone().requires_grad_()
-    values = fake_quantize(weight, alpha, scheme, gradient, fused=fused)
+    values = fake_quantize(weight, alpha, scheme, gradient, dtype=down.dtype, fused=fused)
     of_weight, of_alpha = torch.autograd.grad(values, (weight, alpha), down)
     return values.detach(), of_weight, of_alpha

@@ -2,7 +2,11 @@
 
 Parametrizations stand between the fp32 master and whoever reads it. A quantized weight reads as
 `fake_quantize(master, alpha)`, every other parameter as the value that the checkpoint's dtype will
-store. What the forward pass of training computes with is therefore what is written and served.
+store; of embeddings, rows are rounded once they were looked up. What the forward pass of training
+computes with is therefore what is written and served.
+
+Linear layers are given weights in the dtype that autocast multiplies in: a plain step makes that
+cast as well, and two passes over the weights for one are saved.
 """
 
 from collections.abc import Iterator
@@ -16,6 +20,7 @@ from qexport.checkpoint import Modules
 from qexport.grid import Scheme
 from qexport.layers import Choose, quantized_modules
 from qexport.paretoq import Gradient, effective_scale, fake_quantize, initial_alpha
+from qexport.precision import product_dtype
 from qexport.ranks import whole
 from qexport.shards import Parts
 
@@ -47,7 +52,9 @@ class FakeQuantize(nn.Module):
         self.alpha = nn.Parameter(initial_alpha(weight, scheme, scale_init))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return fake_quantize(weight, self.alpha, self.scheme, self.gradient, fused=self.fused)
+        dtype = product_dtype(weight.device)
+        how = (self.scheme, self.gradient)
+        return fake_quantize(weight, self.alpha, *how, dtype=dtype, fused=self.fused)
 
     def scales(self) -> Tensor:
         """The stored scales [out, groups], exact in `scheme.scale_dtype`."""
@@ -55,25 +62,36 @@ class FakeQuantize(nn.Module):
 
 
 class StoredAs(nn.Module):
-    """Reads a master parameter as the value that `dtype` stores; the gradient passes through."""
+    """Reads a master parameter as the value that `dtype` stores; the gradient passes through.
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    multiplied    by a linear layer, which is given the dtype that it multiplies in
+    """
+
+    def __init__(self, dtype: torch.dtype, *, multiplied: bool = False) -> None:
         super().__init__()
         self.dtype = dtype
+        self.multiplied = multiplied
 
     def forward(self, master: Tensor) -> Tensor:
-        stored: Tensor = _Round.apply(master, self.dtype)  # type: ignore[no-untyped-call]
-        return stored
+        read = product_dtype(master.device) if self.multiplied else master.dtype
+        return _stored(master, self.dtype, read)
+
+
+def _stored(master: Tensor, dtype: torch.dtype, read: torch.dtype) -> Tensor:
+    """What `dtype` stores of a tensor, in dtype `read`; the gradient passes through."""
+    stored: Tensor = _Round.apply(master, dtype, read)  # type: ignore[no-untyped-call]
+    return stored
 
 
 class _Round(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, master: Tensor, dtype: torch.dtype) -> Tensor:
-        return master.to(dtype).to(master.dtype)
+    def forward(ctx: Any, master: Tensor, dtype: torch.dtype, read: torch.dtype) -> Tensor:
+        ctx.dtype = master.dtype
+        return master.to(dtype).to(read)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.to(ctx.dtype), None, None
 
 
 def prepare(
@@ -103,8 +121,13 @@ def prepare(
 
 def store(module: nn.Module, parameter: str, stored: torch.dtype) -> None:
     """Have a parameter read as what is stored of it."""
-    if stored != torch.float32:
-        parametrize.register_parametrization(module, parameter, StoredAs(stored), unsafe=True)
+    if stored == torch.float32:
+        return
+    if type(module) is nn.Embedding:  # only rows that are looked up are rounded
+        module.register_forward_hook(lambda _, __, rows: _stored(rows, stored, rows.dtype))
+        return
+    reader = StoredAs(stored, multiplied=isinstance(module, nn.Linear) and parameter == "weight")
+    parametrize.register_parametrization(module, parameter, reader, unsafe=True)
 
 
 def run_parts(plan: nn.Module, modules: Modules, stored: torch.dtype) -> Parts:

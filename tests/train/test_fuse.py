@@ -24,24 +24,42 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("bits", list(WIDTHS))
 def test_values_and_gradients_are_those_of_the_definition(bits: str, gradient: Any) -> None:
     """Also of the next shape and group size, for which a compiler might take the last one's."""
-    for group_size, dtype, shape in (
-        (64, torch.float16, (48, 192)),
-        (32, torch.float16, (96, 64)),
-        (None, torch.float32, (33, 128)),
+    for group_size, scale_dtype, shape, dtype in (
+        (64, torch.float16, (48, 192), torch.bfloat16),
+        (32, torch.float16, (96, 64), torch.bfloat16),
+        (None, torch.float32, (33, 128), torch.float32),
     ):
-        scheme = Scheme(WIDTHS[bits].grid, group_size, dtype)
+        scheme = Scheme(WIDTHS[bits].grid, group_size, scale_dtype)
         weight = torch.randn(shape) * 0.02
         alpha = initial_alpha(weight, scheme, "mse")
         wanted = quantize(weight, effective_scale(alpha, scheme), scheme).dequantize()
+        down = weight.to(dtype)
         grads = []
         for fused in (False, True):
             w, a = weight.clone().requires_grad_(), alpha.clone().requires_grad_()
-            values = fake_quantize(w, a, scheme, gradient, fused=fused)
-            assert torch.equal(values, wanted)
-            grads.append(torch.autograd.grad(values, (w, a), weight))
+            values = fake_quantize(w, a, scheme, gradient, dtype=dtype, fused=fused)
+            assert torch.equal(values, wanted.to(dtype))
+            grads.append(torch.autograd.grad(values, (w, a), down))
         for plain, compiled in zip(*grads, strict=True):
             assert torch.allclose(plain, compiled, rtol=1e-5, atol=1e-6 * float(plain.abs().max()))
-        assert why_not([scheme], gradient, CPU) is None
+        assert why_not([scheme], gradient, CPU, dtype) is None
+
+
+@pytest.mark.parametrize("gradient", ["paper", "stable"])
+@pytest.mark.parametrize("bits", list(WIDTHS))
+def test_a_dtype_of_products_is_a_cast(bits: str, gradient: Any) -> None:
+    """The same values and gradients, bit for bit, as of float32 values that are cast after it."""
+    scheme = Scheme(WIDTHS[bits].grid, 32)
+    weight = (torch.randn(24, 64) * 0.02).requires_grad_()
+    alpha = initial_alpha(weight, scheme, "mse").requires_grad_()
+    down = torch.randn(24, 64).bfloat16()
+    both = (
+        fake_quantize(weight, alpha, scheme, gradient).bfloat16(),
+        fake_quantize(weight, alpha, scheme, gradient, dtype=torch.bfloat16),
+    )
+    found = [(values, *torch.autograd.grad(values, (weight, alpha), down)) for values in both]
+    for cast, given in zip(*found, strict=True):
+        assert torch.equal(cast, given)
 
 
 def test_a_compiler_that_rounds_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +68,7 @@ def test_a_compiler_that_rounds_otherwise_is_not_used(monkeypatch: pytest.Monkey
     def careless(function: Any) -> Any:
         if function is not paretoq._quantized:
             return function
-        return lambda weight, scale, scheme: function(weight.nextafter(weight + 1), scale, scheme)
+        return lambda weight, *rest: function(weight.nextafter(weight + 1), *rest)
 
     monkeypatch.setattr(paretoq, "compiled", careless)
     assert "rounds" in str(why_not([scheme], "paper", CPU))

@@ -55,7 +55,8 @@ def test_a_run_is_resumed(tiny_model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", list(WIDTHS))
 def test_compiled_quantizers_change_no_value(bits: str) -> None:
     scheme = Scheme(WIDTHS[bits].grid, 64)
-    assert why_not([scheme], "paper", torch.device("cuda")) is None
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert why_not([scheme], "paper", torch.device("cuda"), dtype) is None
 
 
 @pytest.mark.parametrize("changes", [{"precision": "fp16"}, {"optimizer": "adamw8bit"}])

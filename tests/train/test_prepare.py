@@ -43,9 +43,39 @@ def test_what_is_trained_and_what_is_quantized(tiny_model: Path) -> None:
     weight = model.model.layers[0].mlp.down_proj.weight
     groups = weight.view(64, 4, 32)
     assert all(group.unique().numel() <= 4 for row in groups for group in row)
-    for name in ("model.embed_tokens", "model.norm", "lm_head"):
-        value = model.get_submodule(name).weight
+    for value in (
+        model.model.embed_tokens(torch.arange(256)),
+        model.model.norm.weight,
+        model.lm_head.weight,
+    ):
         assert torch.equal(value.bfloat16().float(), value)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_step_is_that_of_the_served_values(tmp_path: Path, tied: bool) -> None:
+    """Loss and gradients under autocast are, bit for bit, those at the values that are stored."""
+    folder = write_tiny_model(tmp_path / "m", tie_word_embeddings=tied)
+    model, plain = dense(folder), dense(folder)
+    prepare(model, lambda _: Scheme(WIDTHS["4"].grid, 32), "mse", torch.bfloat16)
+    served = dict(run_tensors(model, torch.bfloat16))
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            module = name.removesuffix(".weight")
+            quantized = f"{name}_scale" in served
+            parameter.copy_(model.get_submodule(module).weight if quantized else served[name])
+    ids = torch.randint(0, 250, (2, 16))
+    losses = []
+    for one in (model, plain):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(one(input_ids=ids, labels=ids).loss)
+        losses[-1].backward()
+    assert torch.equal(*losses)
+    for name in ("model.embed_tokens", "model.norm", "lm_head"):
+        layer = model.get_submodule(name)
+        master = (
+            layer.parametrizations.weight.original if name != "model.embed_tokens" else layer.weight
+        )
+        assert torch.equal(master.grad, plain.get_submodule(name).weight.grad)
 
 
 def test_gradients_reach_masters_scales_norms_and_embeddings(tiny_model: Path) -> None:
