@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -95,7 +95,7 @@ def dense_model(shape: str, work: Path) -> Checkpoint:
 class Ours:
     """Our decoder over a packed folder: tokens per second of a prompt, of decoding, of a batch."""
 
-    def __init__(self, folder: Path, threads: int, head_bits: int | None) -> None:
+    def __init__(self, folder: Path, threads: int, head_bits: Literal[4, 8] | None) -> None:
         start = time.perf_counter()
         serving = Serving(slots=8, context=1024, threads=threads, head_bits=head_bits)
         self.decoder: Decoder = open_decoder(open_checkpoint(folder), serving)

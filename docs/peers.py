@@ -10,6 +10,7 @@ def peers() -> str:
     """A row for what one would ask of each."""
     served = load("serve_load.json")
     rows = load("ptq-smollm2.json")["rows"]
+    gptq = load("demo.json")["pack"]["gptq"]  # of all layers, whose last group may not be whole
     cells = {(c["contender"], c["batch"]): c for c in load("latency-smollm2/report.json")["cells"]}
 
     seq2 = next(
@@ -31,7 +32,7 @@ def peers() -> str:
             f"**{on_disk['native']}**",
             f"{on_disk['native']} by our plugin; on GPUs {on_disk['humming']} (humming)",
             f"{on_disk['gguf']} (Q4_0)",
-            f"{on_disk['gptq']} (3 bits)",
+            f"{gptq['bits_per_weight']:.3g} (3 bits)",
         ],
         [
             "a step for one sequence, 4 bits, ms",

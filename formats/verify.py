@@ -138,6 +138,8 @@ def compare(
     Dense tensors are equal if their values are: GGUF keeps norms in float32, whatever the source.
     """
     report = Verification()
+    if tuple(mine.shape) != tuple(theirs.shape):  # there are no codes or bits to count
+        return Verification(dense=1, differing_dense=[name])
     if isinstance(mine, QuantizedTensor) and isinstance(theirs, QuantizedTensor):
         report.modules = 1
         report.weights = mine.codes.numel()
@@ -146,21 +148,17 @@ def compare(
     if isinstance(mine, QuantizedTensor) and isinstance(theirs, Tensor):
         report.modules = 1
         report.weights = mine.codes.numel()
-        if mine.shape != tuple(theirs.shape):
-            report.differing_dense.append(name)
-        else:
-            _compare_values(mine, theirs.float(), report)
+        _compare_values(mine, theirs.float(), report)
         return report
     report.dense = 1
     if (
         isinstance(mine, QuantizedTensor)
         or isinstance(theirs, QuantizedTensor)
-        or mine.shape != theirs.shape
         or mine.is_floating_point() != theirs.is_floating_point()
         or _differing_bits(*_same_dtype(mine, theirs))
     ):
         report.differing_dense.append(name)
-        if isinstance(mine, Tensor) and isinstance(theirs, Tensor) and mine.shape == theirs.shape:
+        if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
             error = (mine.float() - theirs.float()).abs().nan_to_num(math.inf, math.inf)
             report.largest_dense_error = float(error.max())
     return report
@@ -174,9 +172,6 @@ def _same_dtype(mine: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
 def _compare_quantized(
     name: str, mine: QuantizedTensor, theirs: QuantizedTensor, report: Verification
 ) -> None:
-    if mine.shape != theirs.shape:
-        report.differing_dense.append(name)
-        return
     recoded = _recoded(mine, theirs)
     if recoded is None:
         report.differing_codes = mine.codes.numel()

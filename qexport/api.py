@@ -75,8 +75,10 @@ def pack(
     """
     from qexport.formats import Options, format_named
     from qexport.formats.pack import pack as write
+    from qexport.settings import check_types
 
     options = Options(bits, type and type.upper(), embeddings, allow_lossy)
+    check_types(options)
     return write(open_checkpoint(run), format_named(format), Path(output), options)
 
 

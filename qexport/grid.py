@@ -270,8 +270,9 @@ class Scheme:
             scheme = cls(grid, group, dtype, shared, double)
         spelled = {"bits", "levels", "zero_point", "values", "minima"} & set(value)
         if scheme is None or any(value[key] != scheme.to_json().get(key) for key in spelled):
+            said = {key: part for key, part in value.items() if key != "modules"}
             raise CheckpointError(
-                f"the quantization scheme {value} is not one this version knows; "
+                f"the quantization scheme {str(said)[:300]} is not one this version knows; "
                 "upgrade qexport or pack the run again"
             )
         return scheme

@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +27,6 @@ from qexport.stream import FileWriter
 __all__ = [
     "BLOCKS",
     "TEACHER",
-    "as_given",
     "claimed",
     "finished",
     "held_out_results",
@@ -38,20 +36,6 @@ __all__ = [
 ]
 
 BLOCKS, TEACHER = ".blocks", ".teacher"  # folders of what a resumed run need not do again
-
-
-def as_given(config: Any) -> None:
-    """Let settings be given as on the command line: text for paths, 2 for "2", -1 per channel."""
-    plain: dict[str, Any] = {
-        "bits": str(config.bits),
-        "group_size": None if config.group_size == -1 else config.group_size,
-    }
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.type in (Path, Path | None) and value is not None:
-            plain[field.name] = Path(value)
-    for name, value in plain.items():
-        object.__setattr__(config, name, value)  # the settings are frozen from then on
 
 
 def finished(run: Path, identity: dict[str, Any], *, resume: bool) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from qexport.checkpoint import Checkpoint, dense_entry, read_config
 from qexport.errors import CheckpointError, InputError
+from qexport.model_sizes import check_sizes
 from qexport.run_tensors import code_entries, latent_entries
 from qexport.shards import ShardReader
 from qexport.upstream import is_upstream, upstream_entries
@@ -36,10 +37,11 @@ def open_source(folder: Path) -> Checkpoint | None:
 
 
 def dense_source(folder: Path) -> Checkpoint:
-    """Raises InputError for a checkpoint that is quantized."""
+    """Raises InputError for a checkpoint that is quantized, CheckpointError as `check_sizes`."""
     source = open_source(folder)
     if source is None or source.layout != "dense":
         raise InputError(f"{folder} is quantized already; start from a dense checkpoint.")
+    check_sizes(source.config)
     return source
 
 

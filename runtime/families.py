@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qexport.errors import CheckpointError, InputError
+from qexport.model_sizes import check_sizes
 
 __all__ = ["DecoderConfig", "Rope", "decoder_config"]
 
@@ -86,14 +87,6 @@ _FAMILIES = {
     "mobilellm": "llama",
 }
 _ROPES = ("default", "linear", "llama3", "yarn", "longrope")
-# sizes that a config.json has to name, and those it may leave out; what none of any model exceeds
-_SIZES = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    "vocab_size",
-)
-_MORE_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
-_LARGEST = {"num_hidden_layers": 4096, "max_position_embeddings": 1 << 30}
-_LARGEST_SIZE = 1 << 22
 _UNTRUSTED = ("model_type", "auto_map", "attn_implementation", "_attn_implementation")
 
 
@@ -105,7 +98,7 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig | str:
     family = config.get("model_type")
     if family not in _FAMILIES:
         return f"{family!r} is no family of this decoder"
-    _check_sizes(config)
+    check_sizes(config, whole=True)
     checked = _checked(config, _FAMILIES[family])
     if getattr(checked, "hidden_act", "silu") != "silu":
         return f"its activation is {checked.hidden_act}, not silu"
@@ -136,21 +129,6 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig | str:
     )
     _check(found)
     return found
-
-
-def _check_sizes(config: dict[str, Any]) -> None:
-    """Before anything is made of them: config classes make lists as long as there are layers."""
-    for name in (*_SIZES, *_MORE_SIZES):
-        value = config.get(name)
-        if value is None and name in _MORE_SIZES:
-            continue
-        if value is None:
-            raise CheckpointError(f"config.json does not say {name}.")
-        most = _LARGEST.get(name, _LARGEST_SIZE)
-        if type(value) is not int or not 0 < value <= most:
-            raise CheckpointError(
-                f"config.json's {name} is {str(value)[:40]}, not a number from 1 to {most}."
-            )
 
 
 def _checked(config: dict[str, Any], model_type: str) -> Any:

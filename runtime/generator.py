@@ -39,6 +39,7 @@ class Generator:
         self._longest_token = max(map(len, tokenizer.get_vocab()))
         self._waiting = waiting
         self._engine: Engine | None = None
+        self._closed = False
         self._lock = threading.Lock()
 
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
@@ -106,6 +107,8 @@ class Generator:
     @property
     def engine(self) -> Engine:
         with self._lock:
+            if self._closed:
+                raise InputError("this model was closed; load it again.")
             if self._engine is None:
                 backend = self.tokenizer.backend_tokenizer
                 self._engine = Engine(self.decoder, backend, self.end_tokens, waiting=self._waiting)
@@ -114,7 +117,7 @@ class Generator:
     def close(self) -> None:
         """End the engine; what still runs fails."""
         with self._lock:
-            engine, self._engine = self._engine, None
+            engine, self._engine, self._closed = self._engine, None, True
         if engine is not None:
             engine.close()
         self.templates.close()

@@ -5,12 +5,14 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from qexport.checkpoint import Checkpoint
 from qexport.errors import CheckpointError, InputError
 from qexport.formats import open_checkpoint
+from qexport.model_sizes import check_sizes
 from qexport.runtime.any_model import AnyDecoder
 from qexport.runtime.cpu_model import CpuDecoder
 from qexport.runtime.cuda_model import CudaDecoder
@@ -19,6 +21,7 @@ from qexport.runtime.generator import Generator
 from qexport.runtime.kernels import KERNELS
 from qexport.runtime.loader import best_device, open_tokenizer, resolve_dtype
 from qexport.runtime.model import Decoder, TorchDecoder, allowed_context
+from qexport.settings import check_types
 
 __all__ = ["CACHES", "Serving", "open_decoder", "open_generator"]
 
@@ -47,10 +50,17 @@ class Serving:
     slots: int = 1
     context: int | None = None
     kernel: str | None = None
-    head_bits: int | None = None
-    cache: str = "float16"
-    dtype: str = "auto"
+    head_bits: Literal[4, 8] | None = None
+    cache: Literal["float16", "bfloat16", "float32", "int8"] = "float16"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: int | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("slots", "context", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name} {value} is less than 1.")
 
 
 def open_generator(path: Path, serving: Serving, waiting: int = 256) -> Generator:
@@ -59,6 +69,7 @@ def open_generator(path: Path, serving: Serving, waiting: int = 256) -> Generato
     Raises what reading it and choosing kernels do.
     """
     checkpoint = open_checkpoint(path)
+    check_sizes(checkpoint.config)  # transformers reads them for the tokenizer, too
     tokenizer = open_tokenizer(checkpoint)
     decoder = open_decoder(checkpoint, serving)
     return Generator(decoder, tokenizer, _end_tokens(checkpoint), waiting=waiting)

@@ -49,6 +49,8 @@ def test_a_run_is_packed_verified_and_asked(run: Path, tmp_path: Path) -> None:
             model, [{"role": "user", "content": "Hello"}], max_tokens=4, temperature=1.0, seed=1
         )
     assert text == again
+    with pytest.raises(qexport.QexportError, match="was closed"):
+        qexport.generate(model, "The language", max_tokens=8)
     assert isinstance(answer, str)
     assert qexport.generate(tmp_path / "packed", "The language", max_tokens=8) == text
 

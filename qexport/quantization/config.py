@@ -14,7 +14,7 @@ from qexport.precision import Precision
 from qexport.quantization.gptq import GptqOptions
 from qexport.quantization.signround import SignRoundOptions
 from qexport.ranks import world_size
-from qexport.run_folder import as_given, model_state, text_state
+from qexport.run_folder import model_state, text_state
 from qexport.selection import (
     TARGETS,
     Rule,
@@ -24,6 +24,7 @@ from qexport.selection import (
     rule_of,
     target_bits,
 )
+from qexport.settings import as_given
 
 __all__ = ["GRID_OF", "METHODS", "ROUNDINGS", "Method", "QuantizeConfig"]
 

@@ -14,7 +14,7 @@ from qexport.grid import Scheme
 from qexport.paretoq import WIDTHS, Gradient
 from qexport.precision import Precision
 from qexport.ranks import world_size
-from qexport.run_folder import as_given, model_state, text_state
+from qexport.run_folder import model_state, text_state
 from qexport.selection import (
     TARGETS,
     Rule,
@@ -24,6 +24,7 @@ from qexport.selection import (
     rule_of,
     target_bits,
 )
+from qexport.settings import as_given
 from qexport.training import zero
 from qexport.training.recipe import RECIPES, Recipe
 
@@ -141,7 +142,7 @@ class TrainConfig:
             raise InputError(f"--warmup {self.warmup} is not a share between 0 and 1.")
         smallest = {
             **{"max_length": 2, "batch_size": 1, "gradient_accumulation": 1, "save_steps": 1},
-            **{"max_steps": 0, "teacher_top_k": 0},
+            **{"log_steps": 1, "max_steps": 0, "teacher_top_k": 0, "seed": 0},
         }
         for name, least in smallest.items():
             value = getattr(self, name)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.pack import pack
 from qexport.formats.verify import Verification, verify
+from qexport.tiny import write_tiny_model
 from tests.conftest import Runs
 
 LAYER = "model.layers.1.mlp.up_proj"
@@ -73,6 +74,17 @@ def test_dense_tensors_are_compared_by_bits(packed: tuple[Path, Path]) -> None:
     assert check(run, out).differing_dense == ["model.norm.weight"]
     changed(out, "model.norm.weight", norm.float())
     assert check(run, out).differing_dense == ["model.norm.weight"]
+
+
+def test_matrices_of_other_shapes_are_not_counted(runs: Runs, tmp_path: Path) -> None:
+    """Neither as equal nor by bits: there is nothing to compare."""
+    other = write_tiny_model(tmp_path / "other", hidden_size=32, head_dim=16)
+    for artefact in (other, runs("2")):
+        source = runs("2") if artefact == other else other
+        report = check(source, artefact)
+        assert not report.exact and report.modules == report.weights == 0
+        assert report.differing_bits == 0 and "model.norm.weight" in report.differing_dense
+    assert f"{LAYER}.weight" in check(runs("2"), other).differing_dense
 
 
 def test_missing_and_extra_tensors(packed: tuple[Path, Path]) -> None:
