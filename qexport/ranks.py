@@ -19,6 +19,7 @@ __all__ = [
     "is_main",
     "join",
     "largest",
+    "leave",
     "like",
     "rank",
     "summed",
@@ -65,6 +66,15 @@ def join(*, deepspeed: bool = False) -> None:
         PartialState(timeout=_LONGEST)
     elif world_size() > 1:
         PartialState(cpu=not torch.cuda.is_available(), timeout=_LONGEST)
+
+
+def leave() -> None:
+    """Part from the other processes, at the end of what all have done.
+
+    Threads of gloo that are left to the end of the process abort it now and then.
+    """
+    if world_size() > 1 and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def count_processes() -> None:

@@ -98,7 +98,7 @@ def command(model: str, dry_run: bool, as_json: bool, **options: Any) -> None:
 
     from qexport.hub import local_folder
     from qexport.quantization import GptqOptions, QuantizeConfig, SignRoundOptions, quantize_model
-    from qexport.ranks import is_main
+    from qexport.ranks import is_main, leave
 
     _complete(options)
     own = {name.name: options.pop(name.name) for name in fields(GptqOptions)}
@@ -110,6 +110,7 @@ def command(model: str, dry_run: bool, as_json: bool, **options: Any) -> None:
         **options,
     )
     results = quantize_model(config, progress_console(), dry_run=dry_run)
+    leave()
     if not is_main():
         return
     if as_json:

@@ -145,7 +145,7 @@ def command(model: str | None, smoke: bool, dry_run: bool, as_json: bool, **opti
         if not value:
             raise click.UsageError(f"Missing {name}.", click.get_current_context())
     from qexport.hub import local_folder
-    from qexport.ranks import is_main
+    from qexport.ranks import is_main, leave
     from qexport.selection import target_bits
     from qexport.training import TrainConfig, train
 
@@ -153,6 +153,7 @@ def command(model: str | None, smoke: bool, dry_run: bool, as_json: bool, **opti
     options["bits"] = options["bits"] or target_bits(options["target"])
     config = TrainConfig(model=local_folder(model), **options)
     results = train(config, progress_console(), dry_run=dry_run)
+    leave()
     if not is_main():
         return
     if as_json:
