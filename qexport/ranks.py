@@ -4,7 +4,9 @@ One process is the usual case, and everything here is then nothing. `torchrun` a
 launch` start more; what they share is the run's folder, which all of them have to see.
 """
 
+import atexit
 import os
+import sys
 from datetime import timedelta
 
 import torch
@@ -69,12 +71,19 @@ def join(*, deepspeed: bool = False) -> None:
 
 
 def leave() -> None:
-    """Part from the other processes, at the end of what all have done.
+    """End this process, where there are others, once all is done and said; else, nothing.
 
-    Threads of gloo that are left to the end of the process abort it now and then.
+    Python itself is not taken down: a thread of gloo that lets go of a tensor meanwhile waits for
+    its lock, and aborts the process instead. Those threads cannot be ended first, as torch's caches
+    hold the meshes of a sharded model, and these the group.
     """
-    if world_size() > 1 and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if world_size() > 1:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def count_processes() -> None:

@@ -3,11 +3,14 @@
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qexport.cli.common import Command, json_option, print_json, progress_console
+
+if TYPE_CHECKING:
+    from qexport.quantization import QuantizeConfig
 
 _EPILOG = """\b
 Examples:
@@ -110,23 +113,26 @@ def command(model: str, dry_run: bool, as_json: bool, **options: Any) -> None:
         **options,
     )
     results = quantize_model(config, progress_console(), dry_run=dry_run)
+    if is_main():
+        if as_json:
+            print_json(results)
+        elif not dry_run:
+            _report(config, results)
     leave()
-    if not is_main():
-        return
-    if as_json:
-        print_json(results)
-    elif not dry_run:
-        errors = [layer["error"] for layer in results["layers"].values()]
-        mean = sum(errors) / len(errors)
-        what = "outputs" if config.looks else "weights"
-        click.echo(
-            f"{config.output}: {len(errors)} layers, {results['bits_per_weight']:.2f} bits per "
-            f"weight, mean error of their {what} {mean:.2%}"
-        )
-        for name, key in (("before", "error_before"), ("after", "error")):
-            blocks = [block[key] for block in results.get("blocks", ())]
-            if blocks:
-                click.echo(f"blocks {name} learning: mean error {sum(blocks) / len(blocks):.2%}")
+
+
+def _report(config: "QuantizeConfig", results: dict[str, Any]) -> None:
+    errors = [layer["error"] for layer in results["layers"].values()]
+    mean = sum(errors) / len(errors)
+    what = "outputs" if config.looks else "weights"
+    click.echo(
+        f"{config.output}: {len(errors)} layers, {results['bits_per_weight']:.2f} bits per "
+        f"weight, mean error of their {what} {mean:.2%}"
+    )
+    for name, key in (("before", "error_before"), ("after", "error")):
+        blocks = [block[key] for block in results.get("blocks", ())]
+        if blocks:
+            click.echo(f"blocks {name} learning: mean error {sum(blocks) / len(blocks):.2%}")
 
 
 def _complete(options: dict[str, Any]) -> None:

@@ -153,13 +153,12 @@ def command(model: str | None, smoke: bool, dry_run: bool, as_json: bool, **opti
     options["bits"] = options["bits"] or target_bits(options["target"])
     config = TrainConfig(model=local_folder(model), **options)
     results = train(config, progress_console(), dry_run=dry_run)
+    if is_main():
+        if as_json:
+            print_json(results)
+        elif not dry_run:
+            _report(config.output, results)
     leave()
-    if not is_main():
-        return
-    if as_json:
-        print_json(results)
-    elif not dry_run:
-        _report(config.output, results)
 
 
 _REQUIRED = ("data", "output")

@@ -39,12 +39,16 @@ def options(output: Path, batch_size: int) -> list[str]:
     return [part for pair in settings.items() for part in pair]
 
 
-def torchrun(processes: int, *arguments: object) -> list[str]:
+def launcher(processes: int) -> list[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes))
-    return [*launcher, "--master-port", str(port), "-m", "qexport", *map(str, arguments)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    return [*torchrun, "--nproc-per-node", str(processes), "--master-port", str(port)]
+
+
+def torchrun(processes: int, *arguments: object) -> list[str]:
+    return [*launcher(processes), "-m", "qexport", *map(str, arguments)]
 
 
 def kill_all(run: Path) -> None:
@@ -94,6 +98,44 @@ def test_two_processes_train_what_one_does(
     assert len(losses(run)) == STEPS
     assert losses(run) == pytest.approx(losses(alone), abs=1e-3)
     assert pack(open_checkpoint(run), FORMATS["native"], tmp_path / "packed").exact
+
+
+ENDING = """
+import atexit
+from qexport import ranks
+
+class Kept:
+    def __del__(self):
+        print("finalized")
+
+kept = Kept()
+atexit.register(print, "atexit")
+ranks.join()
+print("before")
+ranks.leave()
+print("after")
+"""
+
+
+@pytest.mark.parametrize(
+    ("processes", "said"),
+    [(1, ["after", "atexit", "before", "finalized"]), (2, ["atexit", "before"])],
+)
+def test_of_several_processes_none_takes_python_down(
+    tmp_path: Path, processes: int, said: list[str]
+) -> None:
+    """There gloo's threads abort it, now and then; what was said and asked for is done before."""
+    program = tmp_path / "program.py"
+    program.write_text(ENDING)
+    done = subprocess.run(
+        [*launcher(processes), str(program)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=ENVIRONMENT,
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split()) == sorted(processes * said)  # lines of two may mix
 
 
 def deepspeed() -> tuple[list[str], dict[str, str]]:
