@@ -100,6 +100,10 @@ def claimed(
             mark(run, "run", status="begun", settings=identity)
         barrier()
         yield run
+    except KeyboardInterrupt:
+        if progress(run):
+            raise KeyboardInterrupt(f"the same command goes on with {run}.") from None
+        raise
     finally:
         found = marker(run)
         if (found is None or found.get("status") != "finished") and not progress(run):

@@ -75,8 +75,10 @@ def main() -> None:
         sys.exit(error.exit_code)
     except QexportError as error:
         fail(str(error), error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        fail("interrupted.", 130)
+    except (KeyboardInterrupt, click.Abort) as error:
+        cause = error.__cause__ if isinstance(error, click.Abort) else error
+        known = str(cause) if isinstance(cause, KeyboardInterrupt) else ""
+        fail(f"interrupted; {known}" if known else "interrupted.", 130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)

@@ -58,7 +58,7 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = _loaded(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise click.UsageError(f"{path} is not valid YAML: {reason}", ctx) from error
@@ -67,6 +67,21 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
     if isinstance(ctx.command, Command):
         values = ctx.command.recipe(values)
     ctx.default_map = {**(ctx.default_map or {}), **_options(values, ctx, path)}
+
+
+def _loaded(text: str) -> Any:
+    """What YAML says; a key that stands twice is an error, where yaml itself takes the last."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value]
+            twice = [str(key) for key in keys if keys.count(key) > 1]
+            if twice:
+                raise yaml.YAMLError(f"{twice[0]} stands twice in it.")
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Loader)
 
 
 def _options(values: Mapping[Any, Any], ctx: click.Context, path: Path) -> dict[str, Any]:

@@ -152,7 +152,9 @@ def _beside(modules: Modules) -> list[str]:
 
 
 def _announce(console: Console, config: QuantizeConfig, job: _Job) -> None:
-    what = ", ".join(dict.fromkeys(scheme.label for scheme, _ in job.modules.values()))
+    schemes = [scheme for scheme, _ in job.modules.values()]
+    names = [f"{s.grid.name} per tensor" if config.per_tensor else s.label for s in schemes]
+    what = ", ".join(dict.fromkeys(names))
     if config.target_bpw is not None:
         what = f"{config.target_bpw:g} bits per weight"
     text = "no text" if job.windows is None else f"{job.windows.numel():,} tokens"

@@ -80,6 +80,7 @@ def _refusal(
     device: torch.device,
     dtype: torch.dtype,
 ) -> str | None:
-    if dtype not in kernel.activations:
+    reason = kernel.refuses(scheme, shape, device)
+    if reason is None and dtype not in kernel.activations:
         return f"it does not take {dtype_name(dtype)} activations"
-    return kernel.refuses(scheme, shape, device)
+    return reason

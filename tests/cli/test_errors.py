@@ -280,15 +280,14 @@ def test_disk_full(cli: Cli, runs: Runs, small_disk: Path, tiny_model: Path) -> 
     assert listing(small_disk) == set()
 
 
-@pytest.mark.parametrize(
-    ("kind", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "terminate"]
-)
-def test_an_interrupted_run_leaves_nothing(
-    tiny_model: Path, place: Path, kind: signal.Signals, code: int
-) -> None:
+def interrupted(
+    tiny_model: Path, place: Path, kind: signal.Signals, begun: str, *options: str
+) -> tuple[int, str]:
+    """A training that gets a signal once it has made what `begun` matches; its code and stderr."""
     arguments = ("--data", "builtin", "--bits", "2", "--max-steps", "100000", "--max-length", "32")
+    command = [sys.executable, "-m", "qexport", "train", str(tiny_model), *arguments, *options]
     process = subprocess.Popen(
-        [sys.executable, "-m", "qexport", "train", str(tiny_model), *arguments, "-o", "run"],
+        [*command, "-o", "run"],
         cwd=place,
         stderr=subprocess.PIPE,
         text=True,
@@ -297,7 +296,7 @@ def test_an_interrupted_run_leaves_nothing(
     )
     try:
         deadline = time.monotonic() + 60
-        while not list(place.glob("run/logs/*")) and time.monotonic() < deadline:
+        while not list(place.glob(begun)) and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(0.5)
         process.send_signal(kind)
@@ -305,9 +304,29 @@ def test_an_interrupted_run_leaves_nothing(
     finally:
         process.kill()
         process.wait()
-    assert process.returncode == code, stderr
+    return process.returncode, stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "terminate"]
+)
+def test_an_interrupted_run_leaves_nothing(
+    tiny_model: Path, place: Path, kind: signal.Signals, code: int
+) -> None:
+    found, stderr = interrupted(tiny_model, place, kind, "run/logs/*")
+    assert found == code, stderr
     assert "Traceback" not in stderr
     assert listing(place) == set()
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(tiny_model: Path, place: Path) -> None:
+    """Where there is something that it goes on from."""
+    found, stderr = interrupted(
+        tiny_model, place, signal.SIGINT, "run/checkpoint-*", "--save-steps", "1"
+    )
+    assert found == 130
+    assert stderr.endswith("Error: interrupted; the same command goes on with run.\n"), stderr
+    assert list(place.glob("run/checkpoint-*"))
 
 
 @pytest.mark.parametrize(("kind", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])
@@ -358,7 +377,11 @@ def test_config_files(cli: Cli, tiny_model: Path, place: Path) -> None:
     environment = {"QEXPORT_TRAIN_BITS": "4"}
     assert "int4" in cli(*flags, cwd=place, env=environment).stderr
     assert "seq2" in cli(*flags, "--bits", "2", cwd=place, env=environment).stderr
-    for content, message in (("bitz: 3", "bitz is not an option"), ("a: [", "not valid YAML")):
+    for content, message in (
+        ("bitz: 3", "bitz is not an option"),
+        ("a: [", "not valid YAML"),
+        ("bits: 3\nbits: 4", "bits stands twice in it"),
+    ):
         (place / "a.yaml").write_text(content)
         result = cli(*flags, cwd=place)
         assert result.returncode == 2

@@ -111,7 +111,9 @@ def test_one_scale_for_a_layer(cli: Cli, tiny_model: Path, tmp_path: Path) -> No
     for grid in ("--sym", "--asym"):
         arguments = ("quantize", tiny_model, "--method", "rtn", "--bits", 8, grid, "--per-tensor")
         out = tmp_path / grid
-        assert cli(*arguments, "--group-size", -1, "-o", out, cwd=tmp_path).returncode == 0
+        done = cli(*arguments, "--group-size", -1, "-o", out, cwd=tmp_path)
+        assert done.returncode == 0
+        assert "int8 per tensor" in done.stderr
         run = open_checkpoint(out)
         for module in run.modules:
             tensor = run.quantized(f"{module}.weight")
