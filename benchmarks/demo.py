@@ -41,7 +41,7 @@ TRAIN = {
     "--save-steps": "10",
 }
 STEPS = 40
-QUESTION = "What is the capital of France?"
+PROMPT = "A list is"  # of what it was trained on; a chat may well be answered by nothing
 
 console = Console(stderr=True)
 
@@ -164,7 +164,7 @@ def evaluate(path: Path) -> dict[str, Any]:
 
 
 def ask(path: Path) -> dict[str, Any]:
-    """Serve a folder and put one chat question to it with the official client, streamed."""
+    """Serve a folder and have it continue a prompt, by the official client, streamed."""
     import openai
 
     command = [sys.executable, "-m", "qexport", "serve", str(path), "--port", "0"]
@@ -177,20 +177,13 @@ def ask(path: Path) -> dict[str, Any]:
         client = openai.OpenAI(base_url=line[-1], api_key="none")
         started = time.monotonic()
         chunks, times = [], []
-        stream = client.chat.completions.create(
-            model=line[1],
-            messages=[{"role": "user", "content": QUESTION}],
-            max_tokens=32,
-            temperature=0,
-            stream=True,
+        stream = client.completions.create(
+            model=line[1], prompt=PROMPT, max_tokens=32, temperature=0, stream=True
         )
-        for chunk in stream:
-            if chunk.choices and chunk.choices[0].delta.content:
-                chunks.append(chunk.choices[0].delta.content)
-                times.append(time.monotonic() - started)
-        if not chunks:
-            sys.exit("the demo stops: the server streamed no text")
-        return {"question": QUESTION, "text": "".join(chunks), "ttft_s": times[0], "s": times[-1]}
+        for chunk in stream:  # the last has no text, and is all there is where the model ends
+            chunks += [choice.text for choice in chunk.choices]
+            times.append(time.monotonic() - started)
+        return {"prompt": PROMPT, "text": "".join(chunks), "ttft_s": times[0], "s": times[-1]}
     finally:
         server.terminate()
         server.wait(timeout=30)
@@ -216,7 +209,7 @@ def show(figures: dict[str, Any], dense: Path) -> None:
     speed = training["tokens"] / training["train_runtime"]
     table.add_row("training", f"{training['tokens']:,} tokens, {speed:.0f} tokens/s")
     answer = figures["answer"]
-    table.add_row(answer["question"], answer["text"].strip())
+    table.add_row(answer["prompt"], answer["text"].strip() or "(the model ended at once)")
     table.add_row("  first token after", f"{answer['ttft_s']:.2f} s")
     Console().print(table)
 

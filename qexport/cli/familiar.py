@@ -15,11 +15,12 @@ Translate = Callable[[str], list[str]]
 
 def translated(args: list[str], tell: Callable[[str], None]) -> list[str]:
     """Arguments with our names for theirs. Raises click.UsageError for what cannot be done here."""
-    theirs = {_name(arg) for arg in args} & (set(_OPTIONS) | {*_TOGETHER})
+    together = {name for names in _TOGETHER.values() for name in names}
+    theirs = {_name(arg) for arg in args} & ({*_OPTIONS} | together)
     if not theirs:
         return args
     found: list[str] = []
-    together: dict[str, str] = {}
+    given: dict[str, str] = {}
     rest = iter(args)
     for arg in rest:
         name = _name(arg)
@@ -27,24 +28,24 @@ def translated(args: list[str], tell: Callable[[str], None]) -> list[str]:
             found.append(arg)
             continue
         value = arg.partition("=")[2] if "=" in arg else next(rest, "")
-        if name in _TOGETHER:
-            together[name] = value
+        if name in together:
+            given[name] = value
             continue
         ours = _OPTIONS[name](value)
         tell(f"{name} {value}: {' '.join(ours) or 'not needed here'}")
         found += ours
-    for ours in (_output(together), _groups(together)):
-        if ours:
-            tell(f"{' '.join(theirs & {*_TOGETHER})}: {' '.join(ours)}")
-        found += ours
+    for meant, names in _TOGETHER.items():
+        said = {name: given[name] for name in names if name in given}
+        if said:
+            words = " ".join(f"{name} {value}" for name, value in said.items())
+            ours = meant(said)
+            tell(f"{words}: {' '.join(ours) or 'not needed here'}")
+            found += ours
     return found
 
 
 def _name(arg: str) -> str:
     return arg.partition("=")[0]
-
-
-_TOGETHER = ("--local_dir", "--output_model_filename", "--group_size", "--enable_groupwise")
 
 
 def _output(given: dict[str, str]) -> list[str]:
@@ -61,6 +62,22 @@ def _groups(given: dict[str, str]) -> list[str]:
     if not _is_true(asked):
         return []
     return ["--group-size", given.get("--group_size", "128")]
+
+
+def _precision(given: dict[str, str]) -> list[str]:
+    """Theirs is float32 where neither is true; where nothing is said of bf16, ours stays."""
+    if _is_true(given.get("--fp16", "false")):
+        return ["--precision", "fp16"]
+    if "--bf16" not in given:
+        return []
+    return ["--precision", "bf16" if _is_true(given["--bf16"]) else "fp32"]
+
+
+_TOGETHER: dict[Callable[[dict[str, str]], list[str]], tuple[str, ...]] = {
+    _output: ("--local_dir", "--output_model_filename"),
+    _groups: ("--group_size", "--enable_groupwise"),
+    _precision: ("--bf16", "--fp16"),
+}
 
 
 def _is_true(value: str) -> bool:
@@ -117,8 +134,6 @@ _OPTIONS: dict[str, Translate] = {
     "--save_steps": _as("--save-steps"),
     "--logging_steps": _as("--log-steps"),
     "--gradient_checkpointing": _flag("--gradient-checkpointing"),
-    "--bf16": _flag("--precision", "bf16"),
-    "--fp16": _flag("--precision", "fp16"),
     "--contain_weight_clip_val": _only(
         "false", "a checkpoint that is trained already needs no training: give it to qexport pack."
     ),

@@ -56,12 +56,14 @@ def install_errors(app: FastAPI) -> None:
     """Answer every exception in that form."""
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = _path(first["loc"])
         message = str(first["msg"]).removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             message = "this field is unknown, or not served here"
+        if not where and "json" not in request.headers.get("content-type", ""):
+            message = "the body is not read as JSON; send content-type: application/json"
         if first["type"] == "json_invalid":
             where, message = [], f"the body is not JSON ({first['ctx']['error']})"
         text = f"{'.'.join(where)}: {message}." if where else f"{message}."

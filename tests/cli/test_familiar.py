@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from qexport.cli.familiar import translated
 from qexport.formats import open_checkpoint
 from tests.conftest import Cli
 
@@ -27,10 +28,25 @@ def test_a_paretoq_command_line_works(cli: Cli, tiny_model: Path, tmp_path: Path
         *("--contain_weight_clip_val", "False", "--enable_groupwise", "True", "--group_size", "32"),
     )
     assert result.returncode == 0, result.stderr
-    for note in ("--w_bits 0: --bits 1.58", "--qat True: not needed here", "--group-size 32"):
+    for note in (
+        *("--w_bits 0: --bits 1.58", "--qat True: not needed here", "--group-size 32"),
+        "--bf16 False --fp16 False: --precision fp32",
+    ):
         assert note in result.stderr
     run = open_checkpoint(tmp_path / "models" / "tiny-ternary")
     assert {scheme.label for scheme, _ in run.modules.values()} == {"ternary g32"}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (["--fp16", "True", "--bf16", "False"], ["--precision", "fp16"]),
+        (["--bf16", "True"], ["--precision", "bf16"]),
+        (["--fp16=False"], []),
+    ],
+)
+def test_their_two_flags_are_one_precision(theirs: list[str], ours: list[str]) -> None:
+    assert translated(theirs, lambda _: None) == ours
 
 
 @pytest.mark.parametrize(

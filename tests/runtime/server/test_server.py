@@ -169,6 +169,14 @@ def test_bodies_that_are_not_requests(server: Server) -> None:
     assert httpx.get(f"{server.url}/completions").status_code == 405
 
 
+def test_curls_own_content_type_is_named(server: Server) -> None:
+    content = json.dumps({"model": server.model, "prompt": "a"})
+    headers = {"content-type": "application/x-www-form-urlencoded"}
+    response = httpx.post(f"{server.url}/completions", content=content, headers=headers)
+    assert response.status_code == 400
+    assert "send content-type: application/json" in response.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("key", [(), ("--api-key", KEY)])
 def test_a_client_that_goes_away_frees_the_model(endless: Path, key: tuple[str, ...]) -> None:
     """Each abandoned stream would run for minutes; the next request is answered in seconds."""
