@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from qexport.runtime.bench.machine import cpu_name, describe
+from qexport.runtime.machine import cpu_name, describe
 
 __all__ = ["RESULTS", "describe", "place", "record"]
 

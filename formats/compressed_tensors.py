@@ -27,14 +27,25 @@ from qexport.checkpoint import Checkpoint, Modules, checked_scales
 from qexport.errors import CheckpointError
 from qexport.formats.folder import FolderFormat, dense_linears, group_size_of
 from qexport.formats.words import from_words, in_words, scale_dtype_of, words
-from qexport.grid import INT2, INT3, INT4, INT8, UINT2, UINT3, UINT4, UINT8, Grid, Scheme
+from qexport.grid import (
+    ASYMMETRIC,
+    INT2,
+    INT3,
+    INT4,
+    INT8,
+    SYMMETRIC,
+    UINT2,
+    UINT3,
+    UINT4,
+    UINT8,
+    Grid,
+    Scheme,
+)
 from qexport.shards import Parts, ShardReader
 from qexport.tensor import QuantizedTensor
 
 __all__ = ["CompressedTensors", "IntQuantized"]
 
-_SYMMETRIC = {2: INT2, 3: INT3, 4: INT4, 8: INT8}
-_ASYMMETRIC = {2: UINT2, 3: UINT3, 4: UINT4, 8: UINT8}
 _PLAIN = r"(?:[\w.-]|\\\.|\.\*)*"
 _PATTERN = re.compile(rf"\^?({_PLAIN})(?:\(((?:[\w.-]|\\\.|\|)*)\)({_PLAIN}))?(\$)?", re.ASCII)
 _PADDED = 10  # 3-bit codes in a word of the old packing
@@ -123,7 +134,7 @@ class CompressedTensors(FolderFormat):
         self, reader: ShardReader, module: str, weights: dict[str, Any]
     ) -> tuple[Scheme, tuple[int, int]]:
         width = weights.get("num_bits")
-        grids = _SYMMETRIC if weights.get("symmetric", True) else _ASYMMETRIC
+        grids = SYMMETRIC if weights.get("symmetric", True) else ASYMMETRIC
         if type(width) is not int or width not in grids or weights.get("type", "int") != "int":
             raise CheckpointError(
                 f"{reader.folder}: {module} has {width!r} bits of type "

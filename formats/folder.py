@@ -100,8 +100,13 @@ class FolderFormat(Format):
                 sum(map(part_bytes, parts.values())),
             )
         for name in reader:
-            if name not in taken:
-                entries[name] = dense_entry(reader, name)
+            if name in taken:
+                continue
+            if name in entries:  # which of the two an engine would take is not known
+                raise CheckpointError(
+                    f"{path} has {name} dense and quantized; remove the one that is not meant."
+                )
+            entries[name] = dense_entry(reader, name)
         return Checkpoint(path, self.name, config, entries)
 
     def differences(self, source: Checkpoint, artefact: Checkpoint) -> list[str]:

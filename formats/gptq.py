@@ -21,22 +21,19 @@ from qexport.checkpoint import Checkpoint, Modules, checked_scales
 from qexport.errors import CheckpointError, RefusedError
 from qexport.formats.folder import FolderFormat, dense_linears, group_size_of, single_scheme
 from qexport.formats.words import WORD, from_words, in_words, scale_dtype_of
-from qexport.grid import INT2, INT3, INT4, INT8, UINT2, UINT3, UINT4, UINT8, Scheme
+from qexport.grid import ASYMMETRIC, SYMMETRIC, Scheme
 from qexport.shards import Parts, ShardReader
 from qexport.tensor import QuantizedTensor
 from qexport.version import __version__
 
 __all__ = ["Gptq", "GptqV2"]
 
-_SYMMETRIC = {2: INT2, 3: INT3, 4: INT4, 8: INT8}
-_ASYMMETRIC = {2: UINT2, 3: UINT3, 4: UINT4, 8: UINT8}
-
 
 class Gptq(FolderFormat):
     """Version 1, the one that every engine reads."""
 
     name = "gptq"
-    grids = (INT2, UINT2, INT3, UINT3, INT4, UINT4, INT8, UINT8)
+    grids = tuple(table[width] for width in SYMMETRIC for table in (SYMMETRIC, ASYMMETRIC))
     scale_dtypes = (torch.float16,)
     zero_offset = 1
 
@@ -106,7 +103,9 @@ class Gptq(FolderFormat):
 
     def modules(self, reader: ShardReader, quantization: dict[str, Any]) -> Modules:
         symmetric = bool(quantization.get("sym", True))
-        stated, rules = quantization.get("bits"), quantization.get("dynamic") or ()
+        stated, rules = quantization.get("bits"), quantization.get("dynamic") or {}
+        if not isinstance(rules, dict):
+            raise CheckpointError(f"{reader.folder}: config.json's dynamic is no object of rules.")
         mixed = any(not str(rule).startswith("-") for rule in rules)  # others leave layers dense
         modules: Modules = {}
         for name in reader:
@@ -164,7 +163,7 @@ def _scheme(
     rows, out = (*reader.shape(f"{module}.qweight"), 0, 0)[:2]
     groups = (*reader.shape(f"{module}.scales"), 0)[0]
     width = rows * WORD // inputs if inputs else 0
-    grids = _SYMMETRIC if symmetric else _ASYMMETRIC
+    grids = SYMMETRIC if symmetric else ASYMMETRIC
     if width not in grids or not groups or inputs % groups or inputs % WORD or out % WORD:
         raise CheckpointError(
             f"{reader.folder}: {module} has qweight {reader.shape(f'{module}.qweight')}, g_idx of "

@@ -11,6 +11,7 @@ from qexport.checkpoint import (
     CONFIG_VERSION,
     Checkpoint,
     Modules,
+    check_codes,
     checked_minima,
     checked_scales,
     modules_from_json,
@@ -85,11 +86,7 @@ class Native(FolderFormat):
             raise CheckpointError(
                 f"{reader.folder}: the scales of {module} are not those of a double quantization."
             )
-        if int(found.codes.max()) >= scheme.grid.levels:
-            raise CheckpointError(
-                f"{reader.folder}: {module} holds code {int(found.codes.max())}, and "
-                f"{scheme.grid.name} has {scheme.grid.levels} levels; the file is damaged."
-            )
+        check_codes(found.codes, scheme.grid, f"{reader.folder}: {module}")
         return found
 
     def quantization_config(self, modules: Modules, source: Checkpoint) -> dict[str, Any]:

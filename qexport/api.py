@@ -139,7 +139,8 @@ def generate(
                 seed=seed,
             )
     tokens = model.encode(prompt) if isinstance(prompt, str) else model.encode_chat(prompt)
-    sampling = Sampling(max_tokens or model.room(tokens), temperature, top_p, seed)
+    count = model.room(tokens) if max_tokens is None else max_tokens
+    sampling = Sampling(count, temperature, top_p, seed)
     return "".join(piece.text for piece in model.stream(tokens, sampling))
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qexport.errors import CheckpointError, InputError
-from qexport.grid import Scheme, dtype_name
+from qexport.grid import Grid, Scheme, dtype_name
 from qexport.shards import ShardReader
 from qexport.tensor import QuantizedTensor
 
@@ -26,6 +26,9 @@ __all__ = [
     "Checkpoint",
     "Entry",
     "Modules",
+    "carried_files",
+    "check_codes",
+    "check_scales",
     "checked_scales",
     "dense_entry",
     "expect",
@@ -120,9 +123,8 @@ class Checkpoint(Mapping[str, Tensor | QuantizedTensor]):
         return tensor
 
     def carried_files(self) -> list[Path]:
-        """Files that go with the weights: tokenizer, chat template, generation config, licence."""
-        found = {file for pattern in _CARRIED for file in self.folder.glob(pattern)}
-        return sorted(file for file in found if file.is_file())
+        """As `carried_files` of the folder."""
+        return carried_files(self.folder)
 
     def copy_files(self, target: Path) -> None:
         """Copy the carried files into `target`; a tokenizer that is in none becomes some."""
@@ -130,6 +132,23 @@ class Checkpoint(Mapping[str, Tensor | QuantizedTensor]):
             self.make_tokenizer().save_pretrained(target)
         for file in self.carried_files():
             shutil.copyfile(file, target / file.name)
+
+
+def carried_files(folder: Path) -> list[Path]:
+    """Files that go with the weights: tokenizer, chat template, generation config, licence.
+
+    Raises CheckpointError for one that is a link out of the folder, unless the folder is a snapshot
+    of the hub's cache and the link leads to its blobs: a packed folder is there to be given away.
+    """
+    found = sorted({file for pattern in _CARRIED for file in folder.glob(pattern)})
+    whole = folder.resolve()
+    roots = [whole] if whole.parent.name != "snapshots" else [whole, whole.parent.parent / "blobs"]
+    for file in found:
+        if not any(file.resolve().is_relative_to(root) for root in roots):
+            raise CheckpointError(
+                f"{file} is a link out of its folder, to {file.resolve()}; put a copy in its place."
+            )
+    return [file for file in found if file.is_file()]
 
 
 def module_of(name: str) -> str:
@@ -234,12 +253,26 @@ def checked_scales(reader: ShardReader, name: str) -> Tensor:
     Negative ones are in order: llama.cpp's quantizers write them, and GGUF files are re-packed.
     """
     scales = reader.tensor(name)
+    check_scales(scales, f"{reader.folder}: {name}")
+    return scales
+
+
+def check_scales(scales: Tensor, where: str) -> None:
+    """Raise CheckpointError as `checked_scales` does."""
     if not bool((scales != 0).all()) or not bool(scales.isfinite().all()):
         raise CheckpointError(
-            f"{reader.folder}: {name} holds a scale that is zero or not finite; the file is "
-            "damaged, or its training diverged."
+            f"{where} holds a scale that is zero or not finite; the file is damaged, or its "
+            "training diverged."
         )
-    return scales
+
+
+def check_codes(codes: Tensor, grid: Grid, where: str) -> None:
+    """Raise CheckpointError for a code that the grid does not have."""
+    if int(codes.max()) >= grid.levels:
+        raise CheckpointError(
+            f"{where} holds code {int(codes.max())}, and {grid.name} has {grid.levels} levels; the "
+            "file is damaged."
+        )
 
 
 def checked_minima(reader: ShardReader, name: str) -> Tensor:

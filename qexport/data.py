@@ -16,7 +16,6 @@ __all__ = [
     "Document",
     "Split",
     "documents",
-    "hold_out",
     "is_held_out",
     "marked_documents",
     "tokenize",
@@ -25,7 +24,7 @@ __all__ = [
 
 Split = Literal["train", "calibration", "eval", "all"]
 _DATASET_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".gz", ".zst")
-_FILE_SUFFIXES = (".jsonl", ".json", ".txt")
+_ROW_SUFFIXES = (".jsonl", ".json")
 
 
 class Document(NamedTuple):
@@ -71,25 +70,16 @@ def _rows(source: str, split: Split) -> Iterator[tuple[Any, str]]:
         return _hub(source)
     if path.suffix == ".txt":
         return (({"text": text}, source) for text in _text_file(path))
-    if path.suffix in _FILE_SUFFIXES:
+    if path.suffix in _ROW_SUFFIXES:
         return _jsonl(path)
     if path.is_file():
         raise DataError(f"{source} is neither a .jsonl nor a .txt file; convert or rename it.")
     return _hub(source)
 
 
-def hold_out(texts: list[str], one_in: int = 20) -> tuple[list[str], list[str]]:
-    """Split documents into (kept, held out) by a hash of their text, one in `one_in` held out."""
-    kept: list[str] = []
-    held: list[str] = []
-    for text in texts:
-        (held if is_held_out(text, one_in) else kept).append(text)
-    return kept, held
-
-
-def is_held_out(text: str, one_in: int = 20) -> bool:
-    """Whether `hold_out` holds a document out."""
-    return _bucket(text) % one_in == 0
+def is_held_out(text: str) -> bool:
+    """Whether a document is kept apart: one in twenty is, by a hash of its text."""
+    return _bucket(text) % 20 == 0
 
 
 def tokenize(texts: list[str], tokenizer: Any) -> Tensor:

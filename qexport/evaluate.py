@@ -72,10 +72,11 @@ def evaluate(
             agreement += float((scores.argmax(-1) == expected.argmax(-1)).sum())
         if progress is not None:
             progress(min(start + window, total), total)
-    if not math.isfinite(loss):
-        raise QexportError(
-            "the model gives NaN on this text; its weights or its dtype are at fault."
-        )
+    for found, whose in ((loss, "the model"), (reference_loss + divergence, "the reference")):
+        if not math.isfinite(found):
+            raise QexportError(
+                f"{whose} gives NaN on this text; its weights or its dtype are at fault."
+            )
     result = Evaluation(
         loss=loss / total,
         perplexity=_exp(loss / total),

@@ -8,6 +8,7 @@ import torch
 from qexport.errors import CheckpointError
 
 __all__ = [
+    "ASYMMETRIC",
     "BINARY",
     "GRIDS",
     "INT2",
@@ -24,6 +25,7 @@ __all__ = [
     "NF4",
     "SEQ2",
     "SUPER_BLOCKS",
+    "SYMMETRIC",
     "TERNARY",
     "UINT2",
     "UINT3",
@@ -110,6 +112,9 @@ UINT2 = Grid("uint2", 4, None)
 UINT3 = Grid("uint3", 8, None)
 UINT4 = Grid("uint4", 16, None)
 UINT8 = Grid("uint8", 256, None)
+# of a width, what engines call symmetric and what they do not: zero points are whole numbers
+SYMMETRIC = {2: INT2, 3: INT3, 4: INT4, 8: INT8}
+ASYMMETRIC = {2: UINT2, 3: UINT3, 4: UINT4, 8: UINT8}
 # with minima: of the K-quants
 KQ2 = Grid("kq2", 4, None, minima=True)
 KQ4 = Grid("kq4", 16, None, minima=True)

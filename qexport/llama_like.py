@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qexport.errors import CheckpointError, UnsupportedError
 
-__all__ = ["LLAMA_LIKE", "extend"]
+__all__ = ["LLAMA_LIKE", "extend", "minicpm_scales"]
 
 LLAMA_LIKE = ("minicpm", "minicpm4", "mobilellm")  # values of model_type
 
@@ -29,17 +29,26 @@ def extend(model: Any, config: Mapping[str, Any]) -> None:
             block.register_forward_hook(_again, with_kwargs=True)
 
 
-def _scale(model: Any, config: Mapping[str, Any]) -> None:
+def minicpm_scales(config: Mapping[str, Any], layers: int) -> tuple[float, float | None, float]:
+    """MiniCPM's factors of embeddings, of what a block adds (None: as it is), and of logits.
+
+    Raises CheckpointError for a config in which they are no numbers.
+    """
     try:
-        depth = float(config["scale_depth"]) if "scale_depth" in config else None
-        base = config.get("dim_model_base")
-        logits = float(base) / float(config["hidden_size"]) if base else 1.0
-        embeddings = float(config.get("scale_emb", 1.0))
+        base, depth = config.get("dim_model_base"), config.get("scale_depth")
+        return (
+            float(config.get("scale_emb", 1.0)),
+            None if depth is None else float(depth) / math.sqrt(layers),
+            float(base) / float(config["hidden_size"]) if base else 1.0,
+        )
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"config.json's MiniCPM scales make no sense ({error}).") from error
+
+
+def _scale(model: Any, config: Mapping[str, Any]) -> None:
+    embeddings, factor, logits = minicpm_scales(config, len(model.model.layers))
     model.model.embed_tokens.register_forward_hook(_times(embeddings))
-    if depth is not None:
-        factor = depth / math.sqrt(len(model.model.layers))
+    if factor is not None:
         for block in model.model.layers:
             block.self_attn.o_proj.register_forward_hook(_times(factor))
             block.mlp.down_proj.register_forward_hook(_times(factor))

@@ -24,9 +24,10 @@ from qexport.errors import CheckpointError, InputError, first_line
 from qexport.experts import take_apart
 from qexport.llama_like import LLAMA_LIKE, extend
 
-__all__ = ["build_model", "load_tokenizer", "meta_model"]
+__all__ = ["UNTRUSTED", "build_model", "load_tokenizer", "meta_model"]
 
-_UNTRUSTED = ("model_type", "auto_map", "attn_implementation", "_attn_implementation")
+# fields of a config.json that transformers is not given: they name code to run, or are ours to set
+UNTRUSTED = ("model_type", "auto_map", "attn_implementation", "_attn_implementation")
 
 
 def build_model(checkpoint: Checkpoint, dtype: torch.dtype, read: Callable[[str], Tensor]) -> Any:
@@ -109,7 +110,7 @@ def _config(checkpoint: Checkpoint) -> Any:
             f"{checkpoint.folder}: transformers here does not know model type {model_type[:60]!r}; "
             "code that comes with a checkpoint is never run."
         )
-    fields = {key: v for key, v in checkpoint.config.items() if key not in _UNTRUSTED}
+    fields = {key: v for key, v in checkpoint.config.items() if key not in UNTRUSTED}
     try:
         return AutoConfig.for_model(model_type, **{**fields, **tied})
     except Exception as error:  # config classes check their fields with errors of their own

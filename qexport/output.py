@@ -6,11 +6,12 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from qexport.errors import InputError, QexportError
 from qexport.version import __version__
@@ -20,6 +21,7 @@ __all__ = [
     "atomic_folder",
     "check_writable",
     "growing_file",
+    "locked",
     "mark",
     "marker",
     "resumable_folder",
@@ -29,15 +31,10 @@ __all__ = [
 
 MARKER = "qexport.json"
 _FULL = ("No space left", "File too large", "quota exceeded")
-_WORKING = (
-    "checkpoint-",
-    ".checkpoint-",
-    "logs",
-    ".final",
-    ".lock",
-    ".blocks",
-    ".teacher",
-    f".{MARKER}",
+# what else stands in a folder of ours while it is written, or after a kill
+_WORKING = re.compile(
+    r"\.?checkpoint-\d+|logs|\.(final|blocks|teacher|lock|fingerprint|journal)|"
+    + re.escape(f".{MARKER}.tmp")
 )
 
 
@@ -48,11 +45,15 @@ def write_json(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
-def mark(folder: Path, kind: str, **fields: Any) -> None:
-    """Write the file that makes a folder ours, so that a later command may replace it."""
-    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    files = sorted(names | {MARKER})
-    write_json(folder / MARKER, {"qexport": __version__, "kind": kind, "files": files, **fields})
+def mark(folder: Path, kind: str, files: Iterable[str] | None = None, **fields: Any) -> None:
+    """Write the file that makes a folder ours, so that a later command may replace it.
+
+    `files` are the names that we wrote; None: all that are there, in a folder that we made.
+    """
+    if files is None:
+        files = (path.name for path in folder.iterdir() if not path.name.startswith("."))
+    names = sorted({*files, MARKER})
+    write_json(folder / MARKER, {"qexport": __version__, "kind": kind, "files": names, **fields})
 
 
 def marker(folder: Path) -> dict[str, Any] | None:
@@ -71,7 +72,7 @@ def strangers(folder: Path) -> list[str]:
     return sorted(
         path.name
         for path in folder.iterdir()
-        if path.name not in names and not path.name.startswith(_WORKING)
+        if path.name not in names and not _WORKING.fullmatch(path.name)
     )
 
 
@@ -134,20 +135,20 @@ def resumable_folder(target: Path, kind: str, fingerprint: str) -> Iterator[Path
 
     The working folder stands beside `target` under a fixed name and holds the `fingerprint` of
     what is being written; with another fingerprint it is begun anew. An error or Ctrl-C removes
-    it; a kill leaves it. Hidden files in it are gone when `target` appears.
+    it; a kill leaves it. Hidden files in it are removed when `target` has appeared.
     Raises InputError where another process is writing to `target`.
     """
     check_writable(target, kind)
     target = target.absolute()
     working = target.with_name(f".{target.name}.packing")
-    with disk_errors(target), _locked(working, target):
+    with disk_errors(target), locked(working, target):
         try:
             _begin(working, fingerprint)
             yield working
             check_writable(target, kind)  # a long time has passed
-            for hidden in working.glob(".*"):
-                hidden.unlink()
             replace_folder(working, target)
+            for hidden in target.glob(".*"):
+                hidden.unlink()
         except (Exception, KeyboardInterrupt):
             if (working / ".fingerprint").exists() or not any(working.glob("[!.]*")):
                 shutil.rmtree(working, ignore_errors=True)
@@ -155,8 +156,11 @@ def resumable_folder(target: Path, kind: str, fingerprint: str) -> Iterator[Path
 
 
 @contextlib.contextmanager
-def _locked(working: Path, target: Path) -> Iterator[None]:
-    """Hold the lock in the folder `working`, which is made if it is not there."""
+def locked(working: Path, target: Path) -> Iterator[None]:
+    """Hold the lock in the folder `working`, which is made if it is not there.
+
+    Raises InputError where another process holds it: it is writing `target`.
+    """
     while True:
         try:
             working.mkdir(parents=True, exist_ok=True)
@@ -167,16 +171,20 @@ def _locked(working: Path, target: Path) -> Iterator[None]:
         except FileNotFoundError:  # another process has just finished with the folder
             continue
         with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(
-                    f"another qexport is writing {target}; wait for it or choose another -o."
-                ) from error
+            _lock(lock.fileno(), target)
             if not _same_file(lock.fileno(), working / ".lock"):
                 continue  # it was the lock of a folder that has moved since
             yield
             return
+
+
+def _lock(descriptor: int, target: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(
+            f"another qexport is writing {target}; wait for it or choose another -o."
+        ) from error
 
 
 def _same_file(descriptor: int, path: Path) -> bool:
@@ -187,12 +195,13 @@ def _same_file(descriptor: int, path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def growing_file(target: Path, fingerprint: str) -> Iterator[tuple[TextIO, list[str]]]:
+def growing_file(target: Path, fingerprint: str) -> Iterator[tuple[BinaryIO, list[bytes]]]:
     """A file of lines that appears as `target` when the block succeeds, and what it has already.
 
     Until then it stands beside it, under a name that the `fingerprint` of its content is part of:
     the same command goes on after the last whole line that a killed one has left. Raises InputError
-    where `target` exists, QexportError where the disk is full or read-only.
+    where `target` exists or another process writes it, QexportError where the disk is full or
+    read-only.
     """
     if target.exists():
         raise InputError(f"{target} exists; choose another -o or remove it.")
@@ -200,13 +209,14 @@ def growing_file(target: Path, fingerprint: str) -> Iterator[tuple[TextIO, list[
     part = target.absolute().with_name(f".{target.name}.{digest}.part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
-        file = part.open("a+", encoding="utf-8", newline="\n")
+        file = part.open("a+b")
     except OSError as error:
         raise _cannot_create(target, error) from error
     with file, disk_errors(target):
+        _lock(file.fileno(), target)
         file.seek(0)
-        lines = [line for line in file.readlines() if line.endswith("\n")]
-        file.truncate(sum(len(line.encode()) for line in lines))
+        lines = [line for line in file.readlines() if line.endswith(b"\n")]
+        file.truncate(sum(map(len, lines)))
         yield file, lines
         file.flush()
         os.fsync(file.fileno())

@@ -71,6 +71,7 @@ WIDTHS = {
     )
 }
 _BY_GRID = {width.grid: width for width in WIDTHS.values()}
+TRAINED_GRIDS = frozenset(_BY_GRID)
 
 
 def width_of(scheme: Scheme) -> Width:

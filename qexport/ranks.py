@@ -61,21 +61,23 @@ def summed(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def join(*, deepspeed: bool = False) -> None:
-    """Meet the other processes."""
+def join(*, deepspeed: bool = False, offload: bool = False) -> None:
+    """Meet the other processes; with `offload` what is kept in hosts' memory is summed there."""
     if deepspeed:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         PartialState(timeout=_LONGEST)
     elif world_size() > 1:
-        PartialState(cpu=not torch.cuda.is_available(), timeout=_LONGEST)
+        gpu = torch.cuda.is_available()
+        backend = {"backend": "cuda:nccl,cpu:gloo"} if gpu and offload else {}
+        PartialState(cpu=not gpu, timeout=_LONGEST, **backend)
 
 
 def leave() -> None:
     """End this process, where there are others, once all is done and said; else, nothing.
 
-    Python itself is not taken down: a thread of gloo that lets go of a tensor meanwhile waits for
-    its lock, and aborts the process instead. Those threads cannot be ended first, as torch's caches
-    hold the meshes of a sharded model, and these the group.
+    Python itself is not taken down: a thread of gloo that frees a tensor while the interpreter
+    shuts down waits for its lock, and aborts the process. Those threads cannot be stopped first, as
+    torch's caches keep the meshes of a sharded model, and these keep the process group.
     """
     if world_size() > 1:
         if torch.distributed.is_initialized():

@@ -1,7 +1,6 @@
 """A run's folder: who may write to it, what a kill leaves in it, and what a finished run holds."""
 
 import contextlib
-import fcntl
 import json
 import math
 import shutil
@@ -15,10 +14,11 @@ from qexport.checkpoint import (
     CONFIG_VERSION,
     Checkpoint,
     Modules,
+    carried_files,
     modules_to_json,
 )
-from qexport.errors import CheckpointError, InputError, QexportError
-from qexport.output import check_writable, mark, marker, strangers, write_json
+from qexport.errors import CheckpointError, InputError
+from qexport.output import check_writable, locked, mark, marker, strangers, write_json
 from qexport.ranks import barrier, is_main
 from qexport.shards import Parts, plan_shards
 from qexport.source import open_source
@@ -26,16 +26,20 @@ from qexport.stream import FileWriter
 
 __all__ = [
     "BLOCKS",
+    "DONE",
     "TEACHER",
     "claimed",
     "finished",
     "held_out_results",
     "model_state",
+    "publish_run",
+    "stage_run",
     "text_state",
-    "write_run",
 ]
 
 BLOCKS, TEACHER = ".blocks", ".teacher"  # folders of what a resumed run need not do again
+DONE = "blocks.json"  # in BLOCKS: what of it is whole
+_STAGED = ".final"  # the RUN before its files get their names
 
 
 def finished(run: Path, identity: dict[str, Any], *, resume: bool) -> dict[str, Any] | None:
@@ -57,7 +61,7 @@ def finished(run: Path, identity: dict[str, Any], *, resume: bool) -> dict[str, 
             raise InputError(
                 f"{run} holds another run ({how}); choose another -o, or --no-resume to start over."
             )
-    if found.get("status") != "finished":
+    if not _is_finished(run):
         return None
     try:
         open_source(run)
@@ -81,39 +85,28 @@ def claimed(
         barrier()
         yield run
         return
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise QexportError(
-            f"{run} cannot be made ({error.strerror}); choose another -o."
-        ) from error
-    lock = (run / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise InputError(f"another process is writing {run}; wait for it or stop it.") from None
-    try:
-        if not resume:
-            _clear(run)
-        if marker(run) is None:
-            mark(run, "run", status="begun", settings=identity)
-        barrier()
-        yield run
-    except KeyboardInterrupt:
-        if progress(run):
-            raise KeyboardInterrupt(f"the same command goes on with {run}.") from None
-        raise
-    finally:
-        found = marker(run)
-        if (found is None or found.get("status") != "finished") and not progress(run):
-            _clear(run)
+    with locked(run, run):
+        try:
+            if not resume:
+                _clear(run)
+            if marker(run) is None:
+                mark(run, "run", (), status="begun", settings=identity)
+            barrier()
+            yield run
+        except KeyboardInterrupt:
+            if progress(run):
+                raise KeyboardInterrupt(f"the same command goes on with {run}.") from None
+            raise
+        finally:
+            if not _is_finished(run) and not progress(run):
+                _clear(run)
             (run / ".lock").unlink(missing_ok=True)
             if not any(run.iterdir()):
                 run.rmdir()
-        else:
-            (run / ".lock").unlink(missing_ok=True)
-        lock.close()
+
+
+def _is_finished(run: Path) -> bool:
+    return (marker(run) or {}).get("status") == "finished"
 
 
 def _clear(run: Path) -> None:
@@ -129,8 +122,10 @@ def _clear(run: Path) -> None:
 
 
 def model_state(folder: Path) -> list[list[int]]:
-    """By which a model is told from another of the same name."""
-    return [_state(path) for path in sorted(folder.glob("*.safetensors"))]
+    """By which a model is told from another of the same name: its weights, config and tokenizer."""
+    weights = sorted(folder.glob("*.safetensors"))
+    others = (folder / "config.json", *carried_files(folder))
+    return [_state(path) for path in (*weights, *others) if path.is_file()]
 
 
 def text_state(name: str) -> list[Any]:
@@ -144,13 +139,13 @@ def _state(path: Path) -> list[int]:
     return [found.st_size, found.st_mtime_ns]
 
 
-def held_out_results(loss: float, tokens: int) -> dict[str, Any]:
-    """What `all_results.json` says of a mean cross-entropy over held-out tokens."""
+def held_out_results(loss: float, targets: int) -> dict[str, Any]:
+    """What `all_results.json` says of a mean cross-entropy over so many held-out tokens."""
     perplexity = math.exp(min(loss, 700.0))
-    return {"eval_loss": loss, "eval_perplexity": perplexity, "eval_tokens": tokens}
+    return {"eval_loss": loss, "eval_perplexity": perplexity, "eval_tokens": targets}
 
 
-def write_run(
+def stage_run(
     run: Path,
     source: Checkpoint,
     modules: Modules,
@@ -159,13 +154,13 @@ def write_run(
     results: dict[str, Any],
     files: Mapping[str, Any],
     form: Literal["latent", "codes"] = "latent",
-) -> None:
-    """Write the RUN beside its checkpoints; config.json, which makes it readable, comes last.
+) -> Path:
+    """Write the RUN into a folder of its own beside its checkpoints, and return that folder.
 
     `tensors` are those that `parts` promises; none is kept once it is written. `files` are JSON by
-    name, and `form` is how quantized weights are written.
+    name, and `form` is how quantized weights are written. `publish_run` makes it the run's.
     """
-    staging = run / ".final"
+    staging = run / _STAGED
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     shards, index = plan_shards(parts)
@@ -187,8 +182,23 @@ def write_run(
     }
     added = {"quantization_config": quantization} if modules else {}
     write_json(staging / "config.json", {**source.config, **added})
-    for file in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+    return staging
+
+
+def publish_run(run: Path, identity: dict[str, Any]) -> None:
+    """Move what was staged into the run's folder and mark it finished.
+
+    A kill at any point leaves either a finished run or all that the same command goes on from: the
+    marker names the files before they come, and what was worked with is removed after it says that
+    the run is finished.
+    """
+    staging = run / _STAGED
+    files = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")
+    names = {path.name for path in files} | set((marker(run) or {}).get("files", ()))
+    mark(run, "run", names, status="begun", settings=identity)
+    for file in files:  # config.json, which makes it readable, comes last
         file.replace(run / file.name)
     staging.rmdir()
+    mark(run, "run", names, status="finished", settings=identity)
     for name in (BLOCKS, TEACHER):
         shutil.rmtree(run / name, ignore_errors=True)

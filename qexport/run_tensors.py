@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qexport.checkpoint import (
     Entry,
+    check_codes,
     checked_minima,
     checked_scales,
     dense_entry,
@@ -17,6 +18,7 @@ from qexport.checkpoint import (
 )
 from qexport.errors import CheckpointError
 from qexport.grid import Scheme
+from qexport.paretoq import TRAINED_GRIDS
 from qexport.shards import Parts, ShardReader
 from qexport.tensor import QuantizedTensor, quantize
 
@@ -33,6 +35,11 @@ def latent_entries(reader: ShardReader, quantization: dict[str, Any]) -> dict[st
     scales = {module + _SCALE for module in modules}
     entries = {name: dense_entry(reader, name) for name in reader if name not in scales}
     for module, (scheme, shape) in modules.items():
+        if scheme.grid not in TRAINED_GRIDS:
+            raise CheckpointError(
+                f"{reader.folder}: {module} is on the grid {scheme.grid.name}, which is not "
+                "trained; its config.json is damaged."
+            )
         scales_shape = (shape[0], scheme.groups(shape[1]))
         expect(reader, f"{module}.weight", torch.float32, shape)
         expect(reader, module + _SCALE, scheme.scale_dtype, scales_shape)
@@ -98,11 +105,7 @@ def code_tensors(module: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
 
 def _load_codes(reader: ShardReader, module: str, scheme: Scheme) -> QuantizedTensor:
     codes = reader.tensor(f"{module}.weight")
-    if int(codes.max()) >= scheme.grid.levels:
-        raise CheckpointError(
-            f"{reader.folder}: {module} holds code {int(codes.max())}, and {scheme.grid.name} has "
-            f"{scheme.grid.levels} levels; the file is damaged."
-        )
+    check_codes(codes, scheme.grid, f"{reader.folder}: {module}")
     zeros = reader.tensor(module + _ZERO) if scheme.grid.zeros else None
     minima = checked_minima(reader, module + _MINIMUM) if scheme.grid.minima else None
     scales = checked_scales(reader, module + _SCALE)

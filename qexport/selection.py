@@ -8,6 +8,7 @@ from qexport.errors import InputError
 from qexport.grid import SUPER_BLOCKS
 
 __all__ = [
+    "DENSE",
     "TARGETS",
     "Rule",
     "check_patterns",
@@ -17,6 +18,7 @@ __all__ = [
     "target_bits",
 ]
 
+DENSE = "16"  # the width that leaves a layer as it is
 # blocks of GGUF that are to hold layers exactly
 TARGETS = {f"gguf:{name}": block for name, block in SUPER_BLOCKS.items()}
 

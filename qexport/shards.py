@@ -14,7 +14,7 @@ from torch import Tensor
 from qexport.errors import CheckpointError
 from qexport.stream import FilePlan
 
-__all__ = ["SHARD_BYTES", "Parts", "ShardReader", "part_bytes", "plan_shards"]
+__all__ = ["SHARD_BYTES", "Parts", "ShardReader", "part_bytes", "plan_file", "plan_shards"]
 
 Parts = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape of tensors by name
 
@@ -179,9 +179,9 @@ def plan_shards(
         filled += size
     count = len(shards)
     if count == 1:
-        return [_plan_file(_SINGLE, shards[0])], {}
+        return [plan_file(_SINGLE, shards[0])], {}
     files = [
-        _plan_file(f"model-{i + 1:05}-of-{count:05}.safetensors", shard)
+        plan_file(f"model-{i + 1:05}-of-{count:05}.safetensors", shard)
         for i, shard in enumerate(shards)
     ]
     total = sum(length for plan in files for _, length in plan.slots.values())
@@ -189,7 +189,8 @@ def plan_shards(
     return files, {_INDEX: {"metadata": {"total_size": total}, "weight_map": weight_map}}
 
 
-def _plan_file(file: str, shard: Parts) -> FilePlan:
+def plan_file(file: str, shard: Parts) -> FilePlan:
+    """One safetensors file of that name; wide dtypes come first in it."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     places = {}
     offset = 0

@@ -1,5 +1,6 @@
 """Checkpoints of facebookresearch/ParetoQ: latent weights, `weight_clip_val`, and `w_bits`."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -38,7 +39,8 @@ def upstream_entries(reader: ShardReader, config: dict[str, Any]) -> dict[str, E
             shape = matrix_shape(reader, name)
             scheme = _scheme(reader, clip, shape, bits)
             load = partial(_load, reader, module_of(name), scheme)
-            entries[name] = Entry(shape, reader.dtype(name), load, scheme)
+            size = _bytes(reader, name) + _bytes(reader, clip)
+            entries[name] = Entry(shape, reader.dtype(name), load, scheme, size)
         elif not name.endswith(_CLIP):
             entries[name] = dense_entry(reader, name)
     return entries
@@ -50,15 +52,26 @@ def _scheme(reader: ShardReader, clip: str, shape: tuple[int, int], bits: str) -
     if out != shape[0] or count == 0 or shape[1] % count or groups[1:] not in ([], [1]):
         raise CheckpointError(f"{reader.folder}: {clip} has shape {reader.shape(clip)}.")
     group_size = None if count == 1 else shape[1] // count
-    if reader.dtype(clip) not in (torch.float16, torch.bfloat16, torch.float32):
-        raise CheckpointError(f"{reader.folder}: {clip} has dtype {reader.dtype(clip)}.")
+    for name in (clip, clip.removesuffix(_CLIP) + ".weight"):
+        if reader.dtype(name) not in (torch.float16, torch.bfloat16, torch.float32):
+            raise CheckpointError(f"{reader.folder}: {name} has dtype {reader.dtype(name)}.")
     scale = upstream_scale(reader.tensor(clip), WIDTHS[bits])
     is_portable = torch.equal(portable(scale.float()), scale.float())
     dtype = torch.float16 if is_portable else scale.dtype
     return Scheme(WIDTHS[bits].grid, group_size, dtype)
 
 
+def _bytes(reader: ShardReader, name: str) -> int:
+    return math.prod(reader.shape(name)) * reader.dtype(name).itemsize
+
+
 def _load(reader: ShardReader, module: str, scheme: Scheme) -> QuantizedTensor:
     weight = reader.tensor(f"{module}.weight")
     clip = reader.tensor(module + _CLIP)
+    for tensor, name in ((weight, "weight"), (clip, "weight_clip_val")):
+        if not bool(tensor.isfinite().all()):
+            raise CheckpointError(
+                f"{reader.folder}: {module}.{name} holds a NaN or an infinity; its training "
+                "diverged."
+            )
     return from_upstream(weight, clip.reshape(clip.shape[0], -1), scheme)

@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 from qexport.checkpoint import Checkpoint
 from qexport.modelling import build_model
+from qexport.runtime.context import cache_context, free_memory, token_bytes
 from qexport.runtime.kernels import Linear, choose
 from qexport.runtime.loader import read_tensor
-from qexport.runtime.model import Decoder, Span, allowed_context
+from qexport.runtime.model import Decoder, Span
 
 __all__ = ["AnyDecoder"]
+
+_CONTEXT = 2048  # where a config does not say how long a sequence may be, or how large its cache is
 
 
 class AnyDecoder(Decoder):
@@ -38,8 +41,18 @@ class AnyDecoder(Decoder):
         self._model.to(device).eval()
         config = self._model.config.get_text_config()
         self.slots, self.vocabulary = slots, int(config.vocab_size)
-        most = int(getattr(config, "max_position_embeddings", 2048))
-        self.context = most if context is None else allowed_context(context, most)
+        token = _token_bytes(config, dtype)
+        most = int(getattr(config, "max_position_embeddings", _CONTEXT))
+        self.context = cache_context(
+            context,
+            most if token else min(most, _CONTEXT),
+            slots=slots,
+            token=token or 1,
+            # what is on a GPU by now is no longer free there
+            memory=partial(
+                free_memory, device, 0 if device.type == "cuda" else _bytes(self._model)
+            ),
+        )
         self.kernels = f"{', '.join(sorted(names))} in transformers' {type(self._model).__name__}"
         self._new_cache = partial(DynamicCache, config=config)
         self._caches: list[Any] = [self._new_cache() for _ in range(slots)]
@@ -70,6 +83,22 @@ class AnyDecoder(Decoder):
         output = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits: Tensor = output.logits[0, -1].float().cpu()
         return logits
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _token_bytes(config: Any, dtype: torch.dtype) -> int:
+    """What a token takes in the cache; 0 where the config does not say it as Llama's does."""
+    heads = getattr(config, "num_attention_heads", None)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None)
+    if head_dim is None and type(heads) is int and heads:
+        head_dim = getattr(config, "hidden_size", 0) // heads
+    layers = getattr(config, "num_hidden_layers", None)
+    sizes = [size for size in (layers, kv_heads, head_dim) if type(size) is int and size > 0]
+    return token_bytes(sizes[0], sizes[1], sizes[2], dtype) if len(sizes) == 3 else 0
 
 
 def _moves(rope: Any) -> bool:

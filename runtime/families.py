@@ -4,15 +4,16 @@ A family is a row of `_FAMILIES`: the transformers config class that checks its 
 it does that a Llama does not. A model that asks for anything else is left to transformers.
 """
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qexport.errors import CheckpointError, InputError
+from qexport.llama_like import LLAMA_LIKE, minicpm_scales
 from qexport.model_sizes import check_sizes
+from qexport.modelling import UNTRUSTED
 
 __all__ = ["DecoderConfig", "Rope", "decoder_config"]
 
@@ -32,7 +33,7 @@ class Rope:
     def reusable(self, held: int, shared: int, length: int) -> int:
         """How many of `shared` cached keys a prompt of `length` may keep; see Decoder.reusable.
 
-        None if they were turned by the other table, or may have been.
+        0 where some of them may have been turned by the other table.
         """
         return 0 if self.original and max(held, length) > self.original else shared
 
@@ -64,7 +65,6 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
-    end_tokens: frozenset[int] = field(default_factory=frozenset)
 
     @property
     def layers(self) -> int:
@@ -82,12 +82,9 @@ _FAMILIES = {
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "smollm3": "smollm3",
-    "minicpm": "llama",
-    "minicpm4": "llama",
-    "mobilellm": "llama",
+    **dict.fromkeys(LLAMA_LIKE, "llama"),
 }
 _ROPES = ("default", "linear", "llama3", "yarn", "longrope")
-_UNTRUSTED = ("model_type", "auto_map", "attn_implementation", "_attn_implementation")
 
 
 def decoder_config(config: dict[str, Any]) -> DecoderConfig | str:
@@ -125,7 +122,6 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig | str:
         rotated=tuple(_rotated(checked, layer) for layer in weights),
         weights=weights,
         **(_minicpm(config, layers) if family.startswith("minicpm") else {}),
-        end_tokens=_tokens(config.get("eos_token_id")),
     )
     _check(found)
     return found
@@ -134,7 +130,7 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig | str:
 def _checked(config: dict[str, Any], model_type: str) -> Any:
     from transformers import AutoConfig
 
-    fields = {key: value for key, value in config.items() if key not in _UNTRUSTED}
+    fields = {key: value for key, value in config.items() if key not in UNTRUSTED}
     try:
         return AutoConfig.for_model(model_type, **fields)
     except Exception as error:  # config classes check their fields with errors of their own
@@ -185,23 +181,12 @@ def _rotated(checked: Any, layer: int) -> bool:
 
 
 def _minicpm(config: dict[str, Any], layers: int) -> dict[str, float]:
-    """Hu et al. 2024 (MiniCPM): scaled embeddings, residuals and logits."""
-    try:
-        base = config.get("dim_model_base")
-        return {
-            "embedding_scale": float(config.get("scale_emb", 1.0)),
-            "residual_scale": float(config["scale_depth"]) / math.sqrt(layers)
-            if "scale_depth" in config
-            else 1.0,
-            "logit_scale": float(base) / float(config["hidden_size"]) if base else 1.0,
-        }
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"config.json's MiniCPM scales make no sense ({error}).") from error
-
-
-def _tokens(value: Any) -> frozenset[int]:
-    values = value if isinstance(value, list) else [value]
-    return frozenset(token for token in values if type(token) is int)
+    embedding, residual, logit = minicpm_scales(config, layers)
+    return {
+        "embedding_scale": embedding,
+        "residual_scale": 1.0 if residual is None else residual,
+        "logit_scale": logit,
+    }
 
 
 def _check(found: DecoderConfig) -> None:

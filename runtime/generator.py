@@ -91,9 +91,9 @@ class Generator:
         special = {name: str(text) for name, text in self.tokenizer.special_tokens_map.items()}
         return self.templates.render(template, messages, **{**special, **variables})
 
-    def room(self, prompt: list[int]) -> int:
-        """How many tokens to make where nobody says: 128, or what the context has left."""
-        return max(1, min(_TOKENS, self.context - len(prompt)))
+    def room(self, prompt: list[int], most: int = _TOKENS) -> int:
+        """How many tokens to make where nobody says: `most`, or what the context has left."""
+        return max(1, min(most, self.context - len(prompt)))
 
     def stream(self, prompt: list[int], sampling: Sampling) -> Ticket:
         """Generate from prompt tokens; the last piece alone has a finish_reason.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qexport.checkpoint import Checkpoint
 from qexport.formats import open_checkpoint
+from qexport.model_sizes import check_sizes
 from qexport.modelling import build_model, load_tokenizer
 from qexport.tensor import QuantizedTensor
 
@@ -48,6 +49,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
 def open_model(folder: Path, dtype: str = "auto") -> tuple[Any, Any, Checkpoint]:
     """(model, tokenizer, checkpoint) of a folder, on the best device of this machine."""
     checkpoint = open_checkpoint(folder)
+    check_sizes(checkpoint.config)
     tokenizer = open_tokenizer(checkpoint)
     model = load_model(checkpoint, resolve_dtype(checkpoint, dtype), best_device())
     return model, tokenizer, checkpoint

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import embedding, scaled_dot_product_attention, silu
 
 from qexport.checkpoint import Checkpoint
-from qexport.errors import InputError
 from qexport.runtime.device_sampler import Draw
 from qexport.runtime.families import DecoderConfig
 from qexport.runtime.kernels import Linear, choose
@@ -28,7 +27,7 @@ from qexport.runtime.weights import (
     read_layer,
 )
 
-__all__ = ["Decoder", "Span", "TorchDecoder", "allowed_context"]
+__all__ = ["Decoder", "Span", "TorchDecoder"]
 
 
 @dataclass(frozen=True)
@@ -49,13 +48,6 @@ class Span:
     logits: bool = True
 
 
-def allowed_context(asked: int, most: int) -> int:
-    """The context that a user asked for. Raises InputError where the model has less."""
-    if asked > most:
-        raise InputError(f"the model has a context of {most}; {asked} is more than that.")
-    return asked
-
-
 class Decoder(ABC):
     """A model with a cache of `slots` sequences of at most `context` tokens each.
 
@@ -73,7 +65,7 @@ class Decoder(ABC):
     def reusable(self, slot: int, held: int, shared: int, length: int) -> int:
         """How many of the first `shared` tokens in a slot's cache serve another prompt.
 
-        The slot holds `held` tokens, and the prompt has `length`.
+        The sequence that left them was known to have `held` tokens, and the prompt has `length`.
         """
         return shared
 

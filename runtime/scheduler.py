@@ -81,6 +81,14 @@ class Sequence:
         self.tokens.append(token)
 
 
+@dataclass(frozen=True)
+class _Held:
+    """Tokens whose keys and values a slot holds, and how many their sequence was known to have."""
+
+    tokens: Tokens
+    length: int
+
+
 class Scheduler:
     """Runs sequences on a decoder, one step at a time. Not for several threads.
 
@@ -100,9 +108,9 @@ class Scheduler:
         self._queue, self._chunk = queue, chunk if decoder.chunked else decoder.context
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in order of admission
-        # tokens whose keys and values each free slot still holds, least recently used first
-        nothing = np.zeros(0, np.int32)
-        self._free: dict[int, Tokens] = dict.fromkeys(range(decoder.slots), nothing)
+        # what each free slot still holds, least recently used first
+        nothing = _Held(np.zeros(0, np.int32), 0)
+        self._free: dict[int, _Held] = dict.fromkeys(range(decoder.slots), nothing)
 
     @property
     def busy(self) -> bool:
@@ -170,11 +178,11 @@ class Scheduler:
         while self._waiting and self._free:
             sequence = self._waiting.popleft()
             prompt = np.array(sequence.prompt, np.int32)
-            slot = max(self._free, key=lambda slot: _worth(self._free[slot], prompt))
+            slot = max(self._free, key=lambda slot: _worth(self._free[slot].tokens, prompt))
             held = self._free.pop(slot)
-            shared = _shared(held, prompt)
+            shared = _shared(held.tokens, prompt)
             if shared:
-                shared = self._decoder.reusable(slot, len(held), shared, len(prompt))
+                shared = self._decoder.reusable(slot, held.length, shared, len(prompt))
             # the last token is run in any case: its logits are wanted
             sequence.ran = sequence.cached = min(shared, len(prompt) - 1)
             sequence.slot = slot
@@ -267,7 +275,8 @@ class Scheduler:
     def _release(self, sequence: Sequence, held: int) -> None:
         assert sequence.slot is not None
         self._running.remove(sequence)
-        self._free[sequence.slot] = np.array(sequence.tokens[:held], np.int32)
+        left = np.array(sequence.tokens[:held], np.int32)
+        self._free[sequence.slot] = _Held(left, len(sequence.tokens))
         sequence.slot = None
 
 

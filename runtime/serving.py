@@ -2,25 +2,26 @@
 
 import importlib.util
 import json
-import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from qexport.checkpoint import Checkpoint
-from qexport.errors import CheckpointError, InputError
+from qexport.errors import CheckpointError, InputError, UnsupportedError
 from qexport.formats import open_checkpoint
 from qexport.model_sizes import check_sizes
 from qexport.runtime.any_model import AnyDecoder
+from qexport.runtime.context import cache_context, free_memory, token_bytes
 from qexport.runtime.cpu_model import CpuDecoder
 from qexport.runtime.cuda_model import CudaDecoder
-from qexport.runtime.families import DecoderConfig, decoder_config
+from qexport.runtime.families import decoder_config
 from qexport.runtime.generator import Generator
 from qexport.runtime.kernels import KERNELS
 from qexport.runtime.loader import best_device, open_tokenizer, resolve_dtype
-from qexport.runtime.model import Decoder, TorchDecoder, allowed_context
+from qexport.runtime.model import Decoder, TorchDecoder
 from qexport.settings import check_types
 
 __all__ = ["CACHES", "Serving", "open_decoder", "open_generator"]
@@ -31,7 +32,6 @@ CACHES = {
     "float32": torch.float32,
     "int8": torch.int8,
 }
-_SHARE = 0.5  # of the memory that the cache of all slots may come to, unless the user wants more
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Serving:
     """How a model is run.
 
     slots      sequences at a time
-    context    tokens of each; None: the model's, as far as all slots go into half the memory
+    context    tokens of each; None: the model's, as far as all slots go into half of the memory
+               that the weights leave
     kernel     a name of `qexport.runtime.kernels.KERNELS`, None: the fastest that does not refuse
     head_bits  8 or 4: rounds the matrix that makes logits to int8 or int4; None keeps it as it is
     cache      dtype of keys and values on the CPU, a name of CACHES
@@ -71,7 +72,13 @@ def open_generator(path: Path, serving: Serving, waiting: int = 256) -> Generato
     checkpoint = open_checkpoint(path)
     check_sizes(checkpoint.config)  # transformers reads them for the tokenizer, too
     tokenizer = open_tokenizer(checkpoint)
-    decoder = open_decoder(checkpoint, serving)
+    try:
+        decoder = open_decoder(checkpoint, serving)
+    except torch.OutOfMemoryError as error:
+        raise UnsupportedError(
+            "the GPU's memory does not hold the model and its cache; take fewer slots or a smaller "
+            "context."
+        ) from error
     return Generator(decoder, tokenizer, _end_tokens(checkpoint), waiting=waiting)
 
 
@@ -97,7 +104,15 @@ def open_decoder(checkpoint: Checkpoint, serving: Serving) -> Decoder:
         serving.kernel in ("cpu", "cpu-exact")
         or (serving.kernel is None and CpuDecoder.refuses(config) is None)
     )
-    context = _context(config, serving, CACHES[serving.cache] if in_cpp else dtype, device)
+    cache = CACHES[serving.cache] if in_cpp else dtype
+    weights = sum(entry.stored_bytes for entry in checkpoint.entries.values())
+    context = cache_context(
+        serving.context,
+        config.context,
+        slots=serving.slots,
+        token=token_bytes(config.layers, config.kv_heads, config.head_dim, cache),
+        memory=partial(free_memory, device, weights),
+    )
     if in_cpp:
         return CpuDecoder(
             checkpoint,
@@ -120,26 +135,6 @@ def open_decoder(checkpoint: Checkpoint, serving: Serving) -> Decoder:
         kernel=serving.kernel,
         head_bits=serving.head_bits,
     )
-
-
-def _context(
-    config: DecoderConfig, serving: Serving, cache: torch.dtype, device: torch.device
-) -> int:
-    if device.type == "cuda":
-        memory = torch.cuda.mem_get_info(device)[0]
-    else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    token = 2 * config.layers * config.kv_heads * config.head_dim * cache.itemsize
-    if serving.context is not None:
-        wanted = token * serving.slots * allowed_context(serving.context, config.context)
-        if wanted > memory:
-            raise InputError(
-                f"the cache of {serving.slots} slots of {serving.context} tokens takes "
-                f"{wanted / 2**30:.0f} GiB, and there are {memory / 2**30:.0f}; take fewer slots "
-                "or a smaller context."
-            )
-        return serving.context
-    return max(1, min(config.context, int(memory * _SHARE) // (token * serving.slots)))
 
 
 def _end_tokens(checkpoint: Checkpoint) -> frozenset[int]:

@@ -7,6 +7,7 @@ __all__ = ["StopText", "TextStream"]
 
 _BEFORE = 6  # tokens of the prompt that a first token's text may depend on
 _LONGEST = 16  # tokens that may wait for the rest of a character
+_WINDOW = 64  # tokens that are looked at again for each new one
 _BROKEN = "\ufffd"
 
 
@@ -61,6 +62,9 @@ class _Detokenizer:
     def _move_on(self, text: str) -> str:
         if text:
             self._window = self._window[self._shown :]
+            self._shown = len(self._window)
+        elif len(self._window) > _WINDOW:  # of tokens without text
+            self._window = self._window[-_BEFORE:]
             self._shown = len(self._window)
         return text
 

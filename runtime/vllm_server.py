@@ -9,13 +9,11 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from urllib.error import URLError
 
 import torch
 
@@ -24,7 +22,7 @@ from qexport.errors import InputError, QexportError, UnsupportedError
 from qexport.experts import expert_of
 from qexport.formats import open_checkpoint
 from qexport.formats.vllm_support import vllm_support
-from qexport.runtime.child import end_with_parent
+from qexport.runtime.child import NOT_YET, end_with_parent, open_local
 from qexport.runtime.kernels import choose
 from qexport.runtime.loader import resolve_dtype
 
@@ -222,11 +220,11 @@ def _pass_on(process: "subprocess.Popen[str]", lines: deque[str]) -> None:
 def _tell(process: "subprocess.Popen[str]", url: str, ready: Callable[[], None]) -> None:
     while process.poll() is None:
         try:
-            with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
+            with open_local(f"{url}/health", timeout=2) as answer:
                 if answer.status == 200:
                     ready()
                     return
-        except (URLError, OSError):
+        except NOT_YET:
             pass  # not yet
         time.sleep(0.5)
 

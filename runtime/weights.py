@@ -92,7 +92,7 @@ def read_embedding(checkpoint: Checkpoint, config: DecoderConfig) -> Tensor:
 
 def read_head(checkpoint: Checkpoint, config: DecoderConfig, bits: int | None) -> Weight:
     """The matrix that makes logits; with 8 or 4 `bits` a dense one is rounded, see `_rounded`."""
-    name = "model.embed_tokens" if config.tied or "lm_head.weight" not in checkpoint else "lm_head"
+    name = "model.embed_tokens" if config.tied else "lm_head"
     weight, bias = _weight(checkpoint, name, (config.vocabulary, config.hidden))
     if bits is None or isinstance(weight, QuantizedTensor):
         return weight, bias

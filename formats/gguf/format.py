@@ -152,7 +152,7 @@ class Gguf(Format):
         file = GgufFile(_only_file(artefact.folder))
         expected = {
             **hparams(source.config),
-            **vocabulary(source.folder, int(source.config["vocab_size"])),
+            **vocabulary(source.folder, _vocabulary_size(source)),
         }
         arch = family_of(source.config).arch
         said = {key for key in file if key.startswith((f"{arch}.", "tokenizer."))}
@@ -297,8 +297,18 @@ def _metadata(
     }
 
 
+def _vocabulary_size(source: Checkpoint) -> int:
+    """As config.json has it. Raises CheckpointError where the embeddings are not as many."""
+    said, rows = source.config["vocab_size"], source.entries["model.embed_tokens.weight"].shape[0]
+    if said != rows:
+        raise CheckpointError(
+            f"config.json's vocab_size is {str(said)[:40]}, and there are {rows} embeddings."
+        )
+    return rows
+
+
 def _vocabulary(source: Checkpoint) -> dict[str, Value]:
-    size = int(source.config["vocab_size"])
+    size = _vocabulary_size(source)
     if source.make_tokenizer is None:
         return vocabulary(source.folder, size)
     with tempfile.TemporaryDirectory() as folder:
@@ -325,7 +335,10 @@ def _encode(
     if name in EMBEDDINGS and options.embeddings in _ROUNDED:
         step = max(1, ROWS // ordered.shape[1])
         starts = range(0, ordered.shape[0], step)
-        rounded = [_ROUNDED[options.embeddings](ordered[i : i + step]) for i in starts]
+        try:
+            rounded = [_ROUNDED[options.embeddings](ordered[i : i + step]) for i in starts]
+        except ValueError as error:
+            raise RefusedError(f"{name}: {error}; native holds it.") from error
         return {theirs: torch.cat(rounded)}
     dtype = _dense_dtype(name, ordered.dtype, tuple(ordered.shape), options)
     stored = ordered.to(dtype)

@@ -53,8 +53,8 @@ def command(
             asked = {"role": "user", "content": question}
             try:
                 prompt = generator.encode_chat([*messages, asked])
-                room = max(1, min(max_tokens, generator.context - len(prompt)))
-                ticket = generator.stream(prompt, Sampling(room, temperature))
+                sampling = Sampling(generator.room(prompt, max_tokens), temperature)
+                ticket = generator.stream(prompt, sampling)
             except InputError as error:  # the conversation so far stays
                 console.print(f"{error} Ask otherwise, or begin anew with /reset.", markup=False)
                 continue

@@ -48,6 +48,7 @@ def generate(
     """
     from qexport.hub import local_folder
     from qexport.output import growing_file
+    from qexport.run_folder import model_state
     from qexport.runtime.corpus import CorpusSettings, generated_documents
     from qexport.runtime.serving import Serving, open_generator
 
@@ -56,16 +57,18 @@ def generate(
     folder = local_folder(model)
     settings = CorpusSettings(length, temperature=temperature, top_p=top_p, seed=seed)
     console = progress_console()
-    with growing_file(output, f"{folder.resolve()} {settings} {serving}") as (file, lines):
+    identity = f"{folder.resolve()} {model_state(folder)} {settings} {serving}"
+    with growing_file(output, identity) as (file, lines):
         made = sum(json.loads(line)["tokens"] for line in lines)
         opened = Serving(**serving, slots=batch, context=length)
-        with open_generator(folder, opened) as generator:
+        with open_generator(folder, opened, waiting=2 * batch) as generator:
             for number, (text, count) in enumerate(
                 generated_documents(generator, settings, len(lines)), len(lines)
             ):
                 if made >= tokens:
                     break
-                file.write(json.dumps({"text": text, "tokens": count}, ensure_ascii=False) + "\n")
+                row = json.dumps({"text": text, "tokens": count}, ensure_ascii=False)
+                file.write(f"{row}\n".encode())
                 made += count
                 if number % batch == 0:
                     console.print(f"{made:,} of {tokens:,} tokens", highlight=False)

@@ -90,17 +90,18 @@ def _version(package: str) -> str | None:
 
 
 def _cpu() -> dict[str, Any]:
+    from qexport.runtime.machine import memory_bytes
+
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     fields = {key.strip(): v.strip() for key, _, v in (line.partition(":") for line in lines)}
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "name": fields.get("model name") or platform.machine(),
         "cores": os.cpu_count(),
-        "memory": size(memory),
+        "memory": size(memory_bytes()),
         "instruction_sets": [name for name in _ISA if name in flags],
     }
 

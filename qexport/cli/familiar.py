@@ -3,6 +3,7 @@
 A command line that worked there works here, and a note says what each of its options is called.
 """
 
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,13 +22,14 @@ def translated(args: list[str], tell: Callable[[str], None]) -> list[str]:
         return args
     found: list[str] = []
     given: dict[str, str] = {}
-    rest = iter(args)
-    for arg in rest:
+    rest = deque(args)
+    while rest:
+        arg = rest.popleft()
         name = _name(arg)
         if name not in theirs:
             found.append(arg)
             continue
-        value = arg.partition("=")[2] if "=" in arg else next(rest, "")
+        value = arg.partition("=")[2] if "=" in arg else _value(name, rest)
         if name in together:
             given[name] = value
             continue
@@ -46,6 +48,13 @@ def translated(args: list[str], tell: Callable[[str], None]) -> list[str]:
 
 def _name(arg: str) -> str:
     return arg.partition("=")[0]
+
+
+def _value(name: str, rest: deque[str]) -> str:
+    """What comes after an option; a switch may stand alone, and is then on."""
+    if name in _SWITCHES and (not rest or rest[0].lower() not in _TRUTHS):
+        return "true"
+    return rest.popleft() if rest else ""
 
 
 def _output(given: dict[str, str]) -> list[str]:
@@ -80,8 +89,16 @@ _TOGETHER: dict[Callable[[dict[str, str]], list[str]], tuple[str, ...]] = {
 }
 
 
+_TRUTHS = ("true", "false", "1", "0")
+_SWITCHES = (
+    *("--bf16", "--fp16", "--tf32", "--qat", "--do_train", "--do_eval", "--log_on_each_node"),
+    *("--enable_groupwise", "--contain_weight_clip_val", "--gradient_checkpointing"),
+    "--ddp_find_unused_parameters",
+)
+
+
 def _is_true(value: str) -> bool:
-    if value.lower() not in ("true", "false", "1", "0"):
+    if value.lower() not in _TRUTHS:
         raise click.UsageError(f"{value} is neither True nor False.")
     return value.lower() in ("true", "1")
 
@@ -114,6 +131,12 @@ def _bits(value: str) -> list[str]:
     return ["--bits", {"0": "1.58", "32": "16"}.get(value, value)]
 
 
+def _epochs(value: str) -> list[str]:
+    if value not in ("1", "1.0"):
+        raise click.UsageError("one pass is the default; give --max-steps for more.")
+    return []
+
+
 def _zero(value: str) -> list[str]:
     if value.strip("0.") != "":
         raise click.UsageError("ParetoQ trains without weight decay, and so does this.")
@@ -137,7 +160,7 @@ _OPTIONS: dict[str, Translate] = {
     "--contain_weight_clip_val": _only(
         "false", "a checkpoint that is trained already needs no training: give it to qexport pack."
     ),
-    "--num_train_epochs": _only("1", "one pass is the default; give --max-steps for more."),
+    "--num_train_epochs": _epochs,
     "--weight_decay": _zero,
     "--lr_scheduler_type": _only("cosine", "rates fall along a cosine here."),
     **dict.fromkeys(

@@ -74,9 +74,9 @@ def command(
     from qexport.checkpoint import read_config
     from qexport.hub import local_folder
     from qexport.runtime.advice import advise
-    from qexport.runtime.bench.machine import process_bytes
     from qexport.runtime.bench.noise import Noise
     from qexport.runtime.families import decoder_config
+    from qexport.runtime.machine import process_bytes
     from qexport.runtime.plan import Model, reckon, with_times
 
     _check(gpu, cpu, bits, purpose, plot)

@@ -58,9 +58,13 @@ def quantize_block(
     passage   of the calibration text, where there is some
     targets   what the dense block makes of dense inputs, where something is learned from that
 
-    Dense parameters that change are rounded to `stored`. Raises QexportError for inputs that are
-    not finite, or that say too little.
+    Dense parameters that change are rounded to `stored`. Raises QexportError for weights or inputs
+    that are not finite, and for inputs that say too little.
     """
+    for layer in schemes:
+        weight: Any = block.get_submodule(layer).weight
+        if not bool(weight.isfinite().all()):
+            raise QexportError(f"{name}{layer} holds a NaN or an infinity.")
     method = METHODS[config.method]
     changed: list[str] = []
     plain: dict[str, float] = {}
@@ -127,6 +131,10 @@ def _equalize(
             f"{prefix.removesuffix('.')}: --method {config.method} has no way to scale the inputs "
             "of this architecture without changing what it computes; use gptq or signround."
         )
+    with torch.no_grad():  # a bias that was divided: the layers to come see what will be kept
+        for name in changed:
+            parameter = block.get_parameter(name)
+            parameter.copy_(parameter.to(stored).float())
     return changed, plain
 
 
@@ -156,8 +164,6 @@ def _round(
             for name in mine:
                 layer: Any = block.get_submodule(name)
                 weight = layer.weight.detach().clone()
-                if not bool(weight.isfinite().all()):
-                    raise QexportError(f"{prefix}{name} holds a NaN or an infinity.")
                 how = inputs if name in by_gptq else None
                 found[name], report[name] = _rounded(config, weight, schemes[name], own, how)
                 if not math.isfinite(report[name]["error"]):

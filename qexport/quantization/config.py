@@ -16,6 +16,7 @@ from qexport.quantization.signround import SignRoundOptions
 from qexport.ranks import world_size
 from qexport.run_folder import model_state, text_state
 from qexport.selection import (
+    DENSE,
     TARGETS,
     Rule,
     check_patterns,
@@ -40,7 +41,7 @@ class Method:
     """
 
     scaling: Literal["none", "awq", "smooth"] = "none"
-    rounding: Literal["nearest", "gptq"] = "nearest"
+    rounding: Literal["rtn", "gptq"] = "rtn"
     learned: bool = False
     looks: bool = True
 
@@ -64,7 +65,6 @@ _K_GRIDS = {f"{block.grid.bits}": block for block in K_QUANTS.values()}
 # where a row is no whole number of super-blocks: grids of GGUF's blocks of 32
 _K_BESIDE = {"2": IQ4_NL, "3": IQ4_NL, "4": IQ4_NL, "5": INT5, "6": INT8}
 _FREE_FIELDS = ("output", "resume")  # may differ between a kill and a resume
-_DENSE = "16"
 _MIXED = ("2", "3", "4", "8")
 
 
@@ -237,7 +237,7 @@ class QuantizeConfig:
         """By the name of a layer; None where it stays dense."""
         rule = rule_of(layer, self._rules)
         if rule is not None:
-            if rule.bits == _DENSE:
+            if rule.bits == DENSE:
                 return None
             if rule.group_size == 0:
                 return self._scheme(rule.bits, self.group_size)
@@ -247,7 +247,7 @@ class QuantizeConfig:
         return self._scheme(self.bits, self.group_size)
 
     def _scheme(self, bits: str, group_size: int | None, *, plain: bool = False) -> Scheme:
-        """Of a width; `plain` ones are no K-quants, whatever the method."""
+        """Of a width; `plain` ones are no super-blocks, whatever the method and the target."""
         name = self.grid if bits == self.bits else None
         if self.method == "kquant" and not plain and bits in _K_GRIDS:
             block = _K_GRIDS[bits]
@@ -258,7 +258,7 @@ class QuantizeConfig:
             name = GRID_OF[bits][0 if self.sym else 1]
         if name is None:
             raise InputError(f"--asym: there is no such grid of {bits} bits.")
-        if self.target is not None and bits == self.bits and group_size == self.group_size:
+        if self.target is not None and bits == self.bits and not plain:
             block = TARGETS[self.target]
             return Scheme(block.grid, block.group_size, super_block=block)
         if name == NF4.name:  # bitsandbytes has float32 scales
@@ -266,7 +266,7 @@ class QuantizeConfig:
         return Scheme(GRIDS[name], group_size)
 
     def rounding_of(self, layer: str) -> str:
-        """`nearest` or `gptq`, by the name of a layer."""
+        """`rtn` or `gptq`, by the name of a layer."""
         rule = rule_of(layer, self._rules)
         return METHODS[rule.method if rule and rule.method else self.method].rounding
 
@@ -277,7 +277,7 @@ class QuantizeConfig:
 
     @property
     def _rules(self) -> list[Rule]:
-        return [parse_rule(text, (*GRID_OF, _DENSE), ROUNDINGS) for text in self.module_bits]
+        return [parse_rule(text, (*GRID_OF, DENSE), ROUNDINGS) for text in self.module_bits]
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for one run to continue another, as it stands in the marker."""

@@ -25,7 +25,7 @@ from qexport.experts import expert_of
 from qexport.grid import Scheme
 from qexport.layers import quantizable, quantized_modules
 from qexport.modelling import build_model, load_tokenizer, meta_model
-from qexport.output import disk_errors, mark, write_json
+from qexport.output import disk_errors, write_json
 from qexport.precision import precision_of
 from qexport.quantization.activations import STAGES, Passage, stages
 from qexport.quantization.block import quantize_block
@@ -33,14 +33,13 @@ from qexport.quantization.calibration import calibration_windows
 from qexport.quantization.config import METHODS, QuantizeConfig
 from qexport.quantization.sensitivity import measure, widths_for
 from qexport.ranks import barrier, is_main, join, rank, world_size
-from qexport.run_folder import BLOCKS, claimed, finished, write_run
+from qexport.run_folder import BLOCKS, DONE, claimed, finished, publish_run, stage_run
 from qexport.run_tensors import code_parts, code_tensors
 from qexport.shards import Parts
 from qexport.source import check_names, dense_source, stored_dtype
 
 __all__ = ["quantize_model"]
 
-_DONE = "blocks.json"
 _STREAM = torch.bfloat16
 _WIDTHS = "widths.json"
 _SENSITIVITY = 16  # windows by which it is measured
@@ -77,8 +76,8 @@ def quantize_model(
         barrier()
         if is_main():
             tensors = _tensors(job, run / BLOCKS)
-            write_run(run, source, job.modules, job.parts(), tensors, results, {}, "codes")
-            mark(run, "run", status="finished", settings=identity)
+            stage_run(run, source, job.modules, job.parts(), tensors, results, {}, "codes")
+            publish_run(run, identity)
         barrier()
     return results
 
@@ -162,7 +161,7 @@ def _announce(console: Console, config: QuantizeConfig, job: _Job) -> None:
 
 
 def _progress(run: Path) -> bool:
-    return (run / BLOCKS / _DONE).exists()
+    return (run / BLOCKS / DONE).exists()
 
 
 def _check_least(config: QuantizeConfig, modules: Modules, target: float) -> None:
@@ -252,7 +251,7 @@ class _Quantizer:
             done.append(self._block(index))
             barrier()  # every process has what the next block wants
             if is_main():
-                write_json(self._folder / _DONE, {"blocks": done})
+                write_json(self._folder / DONE, {"blocks": done})
             barrier()
             for kind in self._kinds:
                 self._path(kind, index).unlink(missing_ok=True)
@@ -330,7 +329,7 @@ class _Quantizer:
 def _done(folder: Path) -> list[dict[str, Any]]:
     """The reports of the blocks that are done."""
     try:
-        found = json.loads((folder / _DONE).read_text(encoding="utf-8"))["blocks"]
+        found = json.loads((folder / DONE).read_text(encoding="utf-8"))["blocks"]
     except (OSError, ValueError, KeyError, TypeError):
         return []
     if not isinstance(found, list):

@@ -23,6 +23,7 @@ __all__ = ["GptqOptions", "Inputs", "compensate", "gptq"]
 
 _MORE, _TRIES = 10.0, 4
 _RIDGE = 1e-4
+_REFIT_NUMBERS = 1 << 26  # of the matrices that are solved at a time
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,19 @@ def _refit(weight: Tensor, hessian: Tensor, found: QuantizedTensor) -> Tensor:
 
     For the units u = code - zero, the error of a row is quadratic in the scales of its groups.
     """
-    out, groups = found.scales.shape
-    units = found.dequantize().view(out, groups, -1) / found.scales.float().unsqueeze(-1)
+    scales = found.scales.float()
+    units = found.dequantize().view(*scales.shape, -1) / scales.unsqueeze(-1)
+    rows = max(1, _REFIT_NUMBERS // scales.shape[1] ** 2)
+    best = [
+        _best_scales(weight[i : i + rows], units[i : i + rows], scales[i : i + rows], hessian)
+        for i in range(0, len(weight), rows)
+    ]
+    return storable(torch.cat(best), found.scheme)
+
+
+def _best_scales(weight: Tensor, units: Tensor, scales: Tensor, hessian: Tensor) -> Tensor:
+    """[rows, groups], of weights [rows, in] and their units [rows, groups, group size]."""
+    out, groups = scales.shape
     size = weight.shape[1] // groups
     matrix = torch.empty(out, groups, groups, device=weight.device)
     for group in range(groups):
@@ -153,8 +165,8 @@ def _refit(weight: Tensor, hessian: Tensor, found: QuantizedTensor) -> Tensor:
     # a little is held to the scale that is there, which groups that say nothing keep
     ridge = matrix.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True) * _RIDGE
     matrix.diagonal(dim1=1, dim2=2).add_(ridge)
-    wanted += ridge * found.scales.float()
+    wanted += ridge * scales
     solved, failed = torch.linalg.solve_ex(matrix, wanted.unsqueeze(-1))
     scale = solved.squeeze(-1)
     usable = scale.isfinite() & (scale > 0) & (failed == 0).unsqueeze(-1)
-    return storable(torch.where(usable, scale, found.scales.float()), found.scheme)
+    return torch.where(usable, scale, scales)

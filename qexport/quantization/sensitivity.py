@@ -1,9 +1,10 @@
-"""Bits where they count: how much the loss grows by a layer's rounding, and widths by that.
+"""Bits where they count: how far a layer's rounding moves the model, and widths by that.
 
-The loss of a model whose weights are a little off by D has, beside nothing of first order, half of
-`sum_ij g_i (D H D^T)_ii` for each layer, with H = X^T X of its inputs and g the mean squares of the
-gradients of its outputs: the Fisher matrix as KFAC takes it apart (Martens and Grosse 2015), its
-outputs' side by its diagonal. One pass forward and backward over some text tells both for all.
+A model whose weights are a little off by D diverges from itself (KL, to second order: there is no
+first) by half of `sum_i g_i (D H D^T)_ii` for each layer, with H = X^T X of its inputs and g the
+mean squares of the gradients of its outputs: the Fisher matrix as KFAC factors it (Martens and
+Grosse 2015), of the outputs' factor the diagonal. One pass forward and backward over some text
+gives both for all layers.
 """
 
 import heapq
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from qexport.errors import InputError
 from qexport.grid import Scheme
+from qexport.quantization.activations import STAGES, importance
 from qexport.quantization.fit import fit
 
 __all__ = ["Losses", "measure", "widths_for"]
@@ -28,16 +30,20 @@ def measure(
     layers: Mapping[str, Sequence[tuple[str, Scheme]]],
     tell: Callable[[str], None],
 ) -> Losses:
-    """What the loss of `model` (float32) grows by, for every width that a layer may have.
+    """The divergence of `model` (float32), for every width that a layer may have.
 
     windows   tokens [n, length]
+
+    Beside the model it takes float32 [in, in] for every set of layers with the same inputs. The
+    model's parameters no longer ask for gradients afterwards.
     """
+    model.requires_grad_(False)  # gradients of activations are all that is wanted
+    model.enable_input_require_grads()
     inputs: dict[str, Tensor] = {}
     slopes: dict[str, Tensor] = {}
     hooks = list(_watch(model, layers, inputs, slopes))
     for number, window in enumerate(windows):
         tokens = window.unsqueeze(0).to(model.device)
-        model.zero_grad(set_to_none=True)
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
         tell(f"sensitivity: window {number + 1}/{len(windows)}")
     for hook in hooks:
@@ -46,12 +52,13 @@ def measure(
     found: Losses = {}
     for name, choices in layers.items():
         weight = model.get_submodule(name).weight.detach()
-        matters = inputs[name].diagonal() / inputs[name].diagonal().mean()
+        hessian = inputs[_seen_by(name)]
+        matters = importance(hessian)
         found[name] = {}
         for bits, scheme in choices:
             best = fit(weight, scheme, matters, coarse=True)
             lost = best.codes(weight, scheme).dequantize() - weight
-            rows = ((lost @ inputs[name]) * lost).sum(-1)
+            rows = ((lost @ hessian) * lost).sum(-1)
             # gradients are of the mean loss of a window: of its sum, length times as large
             found[name][bits] = 0.5 * float(rows @ slopes[name]) * windows.shape[1] ** 2 / count**2
     return found
@@ -65,18 +72,26 @@ def _watch(
 ) -> Iterator[Any]:
     for name in layers:
         layer: Any = model.get_submodule(name)
-        inputs[name] = torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device)
-        slopes[name] = torch.zeros(layer.out_features, device=layer.weight.device)
+        size, device, seen = layer.in_features, layer.weight.device, _seen_by(name)
+        slopes[name] = torch.zeros(layer.out_features, device=device)
 
-        def see(_: nn.Module, given: tuple[Tensor, ...], name: str = name) -> None:
+        def see(_: nn.Module, given: tuple[Tensor, ...], seen: str = seen) -> None:
             rows = given[0].detach().flatten(0, -2).float()
-            inputs[name].addmm_(rows.T, rows)
+            inputs[seen].addmm_(rows.T, rows)
 
         def feel(_: nn.Module, __: Any, given: tuple[Tensor, ...], name: str = name) -> None:
             slopes[name].add_(given[0].flatten(0, -2).float().square().sum(0))
 
-        yield layer.register_forward_pre_hook(see)
+        if seen not in inputs:
+            inputs[seen] = torch.zeros(size, size, device=device)
+            yield layer.register_forward_pre_hook(see)
         yield layer.register_full_backward_hook(feel)
+
+
+def _seen_by(name: str) -> str:
+    """The first of the layers of a block that have the same inputs as this one."""
+    stage = next(stage for stage in STAGES if name.endswith(stage))
+    return name.removesuffix(next(end for end in stage if name.endswith(end))) + stage[0]
 
 
 def widths_for(
@@ -107,10 +122,12 @@ def widths_for(
         return sum(losses[n][widths[group][step]] for n in groups[group])
 
     def offers(group: int) -> Iterator[tuple[float, int, int]]:
+        """Wider steps that there is room for, the one of most gain for its bits being the least."""
         now = at[group]
         for step in range(now + 1, len(widths[group])):
-            gain = loss(group, now) - loss(group, step)
-            yield -gain / (cost(group, step) - cost(group, now)), group, step
+            gain, more = loss(group, now) - loss(group, step), cost(group, step) - cost(group, now)
+            if gain > 0 and used + more <= target * total:
+                yield -gain / more, group, step
 
     used = sum(cost(group, 0) for group in range(len(groups)))
     if used > target * total:
@@ -118,18 +135,16 @@ def widths_for(
             f"--target-bpw {target:g} is not to be had: the narrowest widths come to "
             f"{used / total:.3f}, scales counted; give more, or larger groups."
         )
-    queue = [min(offers(group)) for group in range(len(groups)) if len(widths[group]) > 1]
+    queue = [min(found) for group in range(len(groups)) if (found := list(offers(group)))]
     heapq.heapify(queue)
     while queue:
         _, group, step = heapq.heappop(queue)
         more = cost(group, step) - cost(group, at[group])
-        if used + more > target * total:
-            continue
-        used += more
-        at[group] = step
-        further = list(offers(group))
-        if further:
-            heapq.heappush(queue, min(further))
+        if used + more <= target * total:  # there may be less room than when it was offered
+            used += more
+            at[group] = step
+        if found := list(offers(group)):
+            heapq.heappush(queue, min(found))
     return {name: widths[i][at[i]] for i, names in enumerate(groups) for name in names}
 
 

@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from qexport.blocks import Blocks, Stream
 from qexport.checkpoint import Checkpoint
 from qexport.run_folder import BLOCKS, held_out_results
 from qexport.training.block import parts, prepared_block
 from qexport.training.config import TrainConfig
+from qexport.training.held_out import summed_loss
 from qexport.training.prepare import run_tensors
-from qexport.training.text import IGNORED, Windows
+from qexport.training.text import Windows
 
 __all__ = ["block_results", "block_tensors"]
 
@@ -54,8 +54,8 @@ def _trained_blocks(
 @torch.no_grad()
 def _held_out_loss(
     config: TrainConfig, blocks: Blocks, folder: Path, stored: torch.dtype, windows: Windows
-) -> float:
-    """Mean cross-entropy of trained blocks, over the targets."""
+) -> tuple[float, int]:
+    """As `held_out_loss`, of trained blocks."""
     count, tokens = len(windows), windows.tokens
     shape = (count, tokens.shape[1], blocks.width)
     path = folder / "held-out.bin"
@@ -63,7 +63,7 @@ def _held_out_loss(
     for rows in parts(count, config.batch_size):
         hidden.write(rows, blocks.embed(tokens[rows]))
     blocks.forget_embeddings()
-    total, targets = 0.0, 0
+    total = torch.zeros(2, dtype=torch.float64)
     for index, block in _trained_blocks(config, blocks, folder, stored):
         device = next(block.parameters()).device
         for rows in parts(count, config.batch_size):
@@ -71,12 +71,10 @@ def _held_out_loss(
             if index < len(blocks) - 1:
                 hidden.write(rows, blocks.run(index, block, given))
                 continue
-            logits = blocks.logits(block, given)[:, :-1].flatten(0, 1).float()
-            labels = windows.labels(rows)[:, 1:].flatten().to(device)
-            loss = cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
-            total, targets = total + float(loss), targets + int((labels != IGNORED).sum())
+            total += summed_loss(blocks.logits(block, given), windows.labels(rows)).cpu()
     path.unlink()
-    return total / max(targets, 1)
+    loss, targets = total.tolist()
+    return loss / max(targets, 1), int(targets)
 
 
 def block_results(
@@ -92,6 +90,6 @@ def block_results(
     if held_out is not None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         blocks = Blocks(source, stored, device)
-        loss = _held_out_loss(config, blocks, run / BLOCKS, stored, held_out)
-        results |= held_out_results(loss, held_out.tokens.numel())
+        loss, targets = _held_out_loss(config, blocks, run / BLOCKS, stored, held_out)
+        results |= held_out_results(loss, targets)
     return results

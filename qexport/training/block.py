@@ -13,7 +13,6 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,17 +23,16 @@ from torch.nn.utils import parametrize
 
 from qexport.blocks import Blocks, Stream, lost_share, relative_errors
 from qexport.errors import QexportError
-from qexport.grid import Scheme
 from qexport.layers import Choose
 from qexport.output import write_json
 from qexport.paretoq import Gradient, effective_scale, initial_alpha
 from qexport.quantization.activations import STAGES, Passage, importance
 from qexport.quantization.fit import Fit
 from qexport.quantization.gptq import Inputs, compensate
+from qexport.run_folder import DONE
 from qexport.training.prepare import FakeQuantize, prepare
 
 __all__ = [
-    "DONE",
     "BlockSettings",
     "load_blocks",
     "parts",
@@ -43,7 +41,6 @@ __all__ = [
 ]
 
 _STREAM = torch.bfloat16
-DONE = "blocks.json"
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ def train_blocks(
         block = blocks.make(index)
         targets = stream("dense", index + 1)
         passage("dense", index, block, len(windows)).write(targets)
-        own = partial(_named, choose, blocks.name(index))
+        own = within(choose, blocks.name(index))
         prepare(block, own, scale_init, stored, settings.gradient, settings.fused)
         if settings.compensated:
             some = min(settings.compensated, len(windows))
@@ -137,16 +134,16 @@ def prepared_block(
 ) -> nn.Module:
     """A block made trainable, with what the folder `trained` has of it, if it has."""
     block, prefix = blocks.make(index), blocks.name(index)
-    prepare(block, partial(_named, choose, prefix), scale_init, stored, gradient, fused)
+    prepare(block, within(choose, prefix), scale_init, stored, gradient, fused)
     found = _parameters(trained, index).items()
     if found:
         block.load_state_dict({name.removeprefix(prefix): value for name, value in found})
     return block
 
 
-def _named(choose: Choose, prefix: str, name: str) -> Scheme | None:
+def within(choose: Choose, prefix: str) -> Choose:
     """`choose` for the layers of a block, which have short names."""
-    return choose(prefix + name)
+    return lambda name: choose(prefix + name)
 
 
 def load_blocks(folder: Path, model: nn.Module) -> None:

@@ -16,6 +16,7 @@ from qexport.precision import Precision
 from qexport.ranks import world_size
 from qexport.run_folder import model_state, text_state
 from qexport.selection import (
+    DENSE,
     TARGETS,
     Rule,
     check_patterns,
@@ -28,9 +29,8 @@ from qexport.settings import as_given
 from qexport.training import zero
 from qexport.training.recipe import RECIPES, Recipe
 
-__all__ = ["DENSE", "TrainConfig"]
+__all__ = ["TrainConfig"]
 
-DENSE = "16"
 
 # Not part of what the run computes: changing these between a kill and a resume is harmless.
 # So is how a step's windows are shared out: what counts is how many tokens it has.
@@ -225,8 +225,10 @@ class TrainConfig:
         """By the name of a layer; None where it stays dense."""
         rule = rule_of(layer, self._rules)
         if rule is not None:
-            group_size = self.group_size if rule.group_size == 0 else rule.group_size
-            return self._scheme(rule.bits, group_size)
+            if rule.group_size == 0:
+                same = self.target is not None and rule.bits == self.bits
+                return self.scheme if same else self._scheme(rule.bits, self.group_size)
+            return self._scheme(rule.bits, rule.group_size)
         return self.scheme if is_selected(layer, self.include, self.exclude) else None
 
     def check_patterns(self, layers: Iterable[str]) -> None:
@@ -243,6 +245,11 @@ class TrainConfig:
         """Names of the data, and weights where they are given: for all, or for none."""
         names = (self.data,) if isinstance(self.data, str) else self.data
         return [_parse_source(name) for name in names]
+
+    @property
+    def starts_by_blocks(self) -> bool:
+        """Whether blocks are trained one by one before the steps end to end."""
+        return self.phase != "end" and self.init is None and self.settings.has_start
 
     @property
     def settings(self) -> Recipe:

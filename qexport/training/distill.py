@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qexport.output import write_json
+from qexport.training.text import IGNORED
 
 __all__ = [
     "CachedTeacher",
@@ -49,11 +50,11 @@ def soft_targets(logits: Tensor, count: int, temperature: float) -> SoftTargets:
 def distillation_loss(
     logits: Tensor, labels: Tensor, targets: SoftTargets, weight: float, temperature: float
 ) -> Tensor:
-    """The loss above, summed over positions whose label is not -100.
+    """The loss above, summed over positions whose label is not IGNORED.
 
     logits [n, vocabulary], labels int64 [n], targets [n, k]; differentiable in logits.
     """
-    kept = labels != -100
+    kept = labels != IGNORED
     if not bool(kept.all()):
         logits, labels = logits[kept], labels[kept]
         targets = SoftTargets(targets.tokens[kept], targets.probabilities[kept])

@@ -1,6 +1,5 @@
 """Training that begins with a quantized model: its codes and scales, where RTN's would be."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ from qexport.checkpoint import Checkpoint, module_of
 from qexport.errors import InputError
 from qexport.output import write_json
 from qexport.paretoq import effective_scale, width_of
+from qexport.run_folder import DONE
 from qexport.source import open_source
-from qexport.training.block import DONE
+from qexport.training.block import within
 from qexport.training.config import TrainConfig
 from qexport.training.prepare import FakeQuantize, prepare
 
@@ -66,7 +66,7 @@ def start_from(init: Path, config: TrainConfig, stored: torch.dtype, folder: Pat
     for index in range(len(blocks)):
         prefix = blocks.name(index)
         block = blocks.make(index)
-        prepare(block, partial(_scheme_of, config, prefix), "paper", stored)
+        prepare(block, within(config.scheme_of, prefix), "paper", stored)
         for name, layer in block.named_modules():
             if parametrize.is_parametrized(layer, "weight"):
                 _set_scales(layer, source, prefix + name)
@@ -76,10 +76,6 @@ def start_from(init: Path, config: TrainConfig, stored: torch.dtype, folder: Pat
         save_file(tensors, folder / f"block-{index}.safetensors")
         blocks.release(index)
     write_json(folder / DONE, {"done": len(blocks)})
-
-
-def _scheme_of(config: TrainConfig, prefix: str, name: str) -> Any:
-    return config.scheme_of(prefix + name)
 
 
 @torch.no_grad()

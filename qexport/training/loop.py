@@ -17,23 +17,33 @@ from qexport.errors import InputError, UnsupportedError
 from qexport.experts import expert_of
 from qexport.layers import quantizable, quantized_modules
 from qexport.modelling import build_model, load_tokenizer, meta_model
-from qexport.output import disk_errors, mark
-from qexport.precision import precision_of
+from qexport.output import disk_errors
+from qexport.precision import autocast, precision_of
 from qexport.ranks import barrier, is_main, join
-from qexport.run_folder import BLOCKS, claimed, finished, held_out_results, write_run
+from qexport.run_folder import (
+    BLOCKS,
+    DONE,
+    claimed,
+    finished,
+    held_out_results,
+    publish_run,
+    stage_run,
+)
+from qexport.selection import DENSE
 from qexport.source import check_names, dense_source, stored_dtype
 from qexport.training import state
 from qexport.training.alone import block_results, block_tensors
-from qexport.training.block import DONE, load_blocks
-from qexport.training.config import DENSE, TrainConfig
+from qexport.training.block import load_blocks
+from qexport.training.config import TrainConfig
 from qexport.training.fuse import fusing
+from qexport.training.held_out import held_out_loss
 from qexport.training.init import check_init, start_from
 from qexport.training.phases import make_teacher, start_by_blocks
 from qexport.training.prepare import prepare, run_parts, run_tensors
 from qexport.training.progress import ProgressReport
 from qexport.training.report import write_report
 from qexport.training.shard import load_sharded
-from qexport.training.text import MixedWindows, Text, Windows, load_text
+from qexport.training.text import Text, Windows, load_text
 from qexport.training.trainer import QatTrainer, make_trainer
 
 __all__ = ["train"]
@@ -42,13 +52,14 @@ __all__ = ["train"]
 def train(config: TrainConfig, console: Console, *, dry_run: bool = False) -> dict[str, Any]:
     """Train a RUN into `config.output`; returns what `all_results.json` holds.
 
-    A dry run checks and announces everything, trains nothing and writes nothing.
+    A dry run checks and announces everything, trains nothing and leaves `config.output` as it is;
+    the text is read, and its tokens are kept in the cache.
     A run of the same settings that was killed goes on from its last checkpoint, and one that is
     finished is not trained again. Raises InputError, DataError or CheckpointError before anything
     is written where the model, the data or the output folder will not do.
     """
     _check_packages(config)
-    join(deepspeed=config.deepspeed is not None)
+    join(deepspeed=config.deepspeed is not None, offload=config.offload)
     console.quiet = console.quiet or not is_main()
     source = dense_source(config.model)
     identity = config.identity()
@@ -63,7 +74,8 @@ def train(config: TrainConfig, console: Console, *, dry_run: bool = False) -> di
     claim = claimed(config.output, identity, resume=config.resume, progress=_progress)
     with claim as run, disk_errors(run):
         if is_main():
-            state.drop_checkpoints(run, keep=1)
+            for damaged in state.drop_damaged(run):
+                console.print(f"{damaged} is damaged, and removed; the one before it is taken.")
         barrier()
         return _carry_out(config, job, run, console)
 
@@ -135,12 +147,13 @@ def _carry_out(config: TrainConfig, job: _Job, run: Path, console: Console) -> d
     training, source = job.text.rows.tokens, job.source
     resumed = state.last_checkpoint(run)
     if resumed is not None:
+        state.check_whole(resumed)
         console.print(f"resuming from {resumed.name}")
     elif config.init is not None:
         if is_main() and not (run / BLOCKS / DONE).exists():
             start_from(config.init, config, job.stored, run / BLOCKS)
         barrier()
-    elif config.phase != "end" and config.settings.has_start:
+    elif config.starts_by_blocks:
         if is_main():
             start_by_blocks(
                 config, source, job.stored, training, job.precision, job.fused, run, console
@@ -154,14 +167,14 @@ def _carry_out(config: TrainConfig, job: _Job, run: Path, console: Console) -> d
         tensors = block_tensors(config, source, job.stored, run, parts)
     else:
         trainer = _trained(config, job, run, resumed, console)
-        results = _results(trainer, config, job.max_steps, job.text.held_out)
+        results = _results(trainer, config, job.max_steps, job.text.held_out, job.precision)
         tensors = run_tensors(trainer.model, job.stored)
         files = {"trainer_state.json": asdict(trainer.state)}
     if is_main():
-        write_run(run, source, job.modules, parts, tensors, results, files)
+        staged = stage_run(run, source, job.modules, parts, tensors, results, files)
         shown = job.text.rows if job.text.held_out is None else job.text.held_out
-        write_report(run, source, results, shown.tokens)
-        mark(run, "run", status="finished", settings=config.identity())
+        write_report(staged, source, results, shown.tokens)
+        publish_run(run, config.identity())
         state.drop_checkpoints(run)
     elif config.phase != "block":
         deque(tensors, maxlen=0)  # its part of each
@@ -242,19 +255,27 @@ def _announce(console: Console, config: TrainConfig, job: _Job) -> None:
 
 
 def _results(
-    trainer: QatTrainer, config: TrainConfig, max_steps: int, held_out: Windows | None
+    trainer: QatTrainer,
+    config: TrainConfig,
+    max_steps: int,
+    held_out: Windows | None,
+    precision: str,
 ) -> dict[str, Any]:
     history = [row for row in trainer.state.log_history if "loss" in row]
     summary = [row for row in trainer.state.log_history if "train_loss" in row]
+    seconds = trainer.seconds
     results: dict[str, Any] = {
         "steps": max_steps,
         "tokens": max_steps * config.tokens_per_step,
         "train_loss": summary[-1]["train_loss"] if summary else None,
         "final_loss": history[-1]["loss"] if history else None,
-        "train_runtime": summary[-1]["train_runtime"] if summary else None,
+        "train_runtime": round(seconds, 4) if summary else None,
     }
     if held_out is not None:
-        dataset = MixedWindows(held_out, len(held_out), 0)
-        loss = trainer.evaluate(dataset)["eval_loss"]
-        results |= held_out_results(loss, held_out.tokens.numel())
+        device = trainer.args.device
+        context = partial(autocast, precision, device)
+        model = trainer.model.to(device)
+        loss, targets = held_out_loss(model, held_out, config.batch_size, device, context)
+        results |= held_out_results(loss, targets)
+        trainer.log({"eval_loss": loss})
     return results

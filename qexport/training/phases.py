@@ -54,7 +54,10 @@ def start_by_blocks(
         )
 
     dice = torch.Generator().manual_seed(config.seed)
-    chosen = torch.randperm(len(training), generator=dice)[: config.settings.block_windows]
+    asked = config.settings.block_windows
+    if len(training) < asked:
+        console.print(f"the text has {len(training)} windows for blocks, of the {asked} wanted")
+    chosen = torch.randperm(len(training), generator=dice)[:asked]
     train_blocks(
         blocks,
         training[chosen],

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qexport.blocks import Blocks
+from qexport.blocks import Blocks, lost_share, relative_errors
 from qexport.checkpoint import Checkpoint
 from qexport.output import write_json
 from qexport.page import Page, Table, html
@@ -25,6 +25,7 @@ __all__ = ["report", "write_report"]
 _WINDOWS, _LONGEST = 2, 256  # of held-out text, for errors of outputs
 _BINS, _BARS = 16, "▁▂▃▄▅▆▇█"
 _SAMPLE = 1 << 18  # weights of a layer that are looked at
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def write_report(run: Path, dense: Checkpoint, results: dict[str, Any], text: Tensor) -> None:
@@ -78,13 +79,15 @@ def _layer(found: QuantizedTensor, dense: Checkpoint, name: str) -> dict[str, An
         "scales": [float(scales.min()), float(scales.median()), float(scales.max())],
         "scale_histogram": _histogram(scales),
         "changed": float((rounded != found.codes).float().mean()),
-        "weight_error": float((found.dequantize() - before).norm() / before.norm()),
+        "weight_error": float(
+            (found.dequantize() - before).norm() / before.norm().clamp(min=_TINY)
+        ),
     }
 
 
 def _histogram(scales: Tensor) -> list[int]:
     """How many scales are in each of equal parts of their range, on a logarithmic axis."""
-    logs = scales.abs().clamp(min=torch.finfo(torch.float32).tiny).log2().flatten()
+    logs = scales.abs().clamp(min=_TINY).log2().flatten()
     counts: list[int] = torch.histc(logs, _BINS).int().tolist()
     return counts
 
@@ -97,7 +100,11 @@ def _bars(counts: list[float]) -> str:
 
 @torch.no_grad()
 def _block_errors(dense: Checkpoint, trained: Checkpoint, tokens: Tensor) -> list[float]:
-    """Relative errors of the blocks' outputs, each model on activations of its own."""
+    """Relative errors of the blocks' outputs, each model on activations of its own.
+
+    The mean over tokens, of which none counts as more than lost: a few are a thousand times as
+    large as the others.
+    """
     cpu = torch.device("cpu")
     models = [Blocks(one, torch.float32, cpu) for one in (dense, trained)]
     hidden = [model.embed(tokens) for model in models]
@@ -107,8 +114,7 @@ def _block_errors(dense: Checkpoint, trained: Checkpoint, tokens: Tensor) -> lis
             hidden[which] = model.run(index, model.make(index), hidden[which])
             model.release(index)
         wanted, found = hidden
-        # by tokens, as the block-wise start has it: a few are a thousand times as large
-        errors.append(float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).mean()))
+        errors.append(lost_share(relative_errors(found, wanted).sqrt()))
     return errors
 
 

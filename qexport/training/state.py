@@ -10,23 +10,26 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerState
 
 from qexport.errors import CheckpointError
 from qexport.output import disk_errors
 from qexport.ranks import assign, is_main, like, whole
+from qexport.shards import plan_file
+from qexport.stream import FileWriter
 
 __all__ = [
+    "check_whole",
     "drop_checkpoints",
+    "drop_damaged",
     "last_checkpoint",
     "load_masters",
     "load_moments",
@@ -35,16 +38,43 @@ __all__ = [
     "load_random",
     "load_schedule",
     "save",
+    "step_of",
 ]
 
 _PREFIX = "checkpoint-"
 _KEPT = 2
+_MASTERS, _MOMENTS = "masters.safetensors", "optimizer.safetensors"
 
 
 def last_checkpoint(run: Path) -> Path | None:
     """The newest whole checkpoint of a run, or None."""
     found = _checkpoints(run)
     return found[-1] if found else None
+
+
+def drop_damaged(run: Path) -> list[Path]:
+    """Remove checkpoints that a disk has damaged, if an older one is whole; returns their names."""
+    damaged = []
+    for folder in reversed(_checkpoints(run)):
+        try:
+            check_whole(folder)
+        except CheckpointError:
+            damaged.append(folder)
+            continue
+        for one in damaged:
+            shutil.rmtree(one, ignore_errors=True)
+        return damaged
+    return []
+
+
+def check_whole(folder: Path) -> None:
+    """Raise CheckpointError for a checkpoint that lacks a file, or has one that ends early."""
+    with _damage(folder):
+        for name in (_MASTERS, _MOMENTS):
+            with safe_open(folder / name, framework="pt"):
+                pass
+        for name in ("state.json", "trainer_state.json"):
+            json.loads((folder / name).read_text(encoding="utf-8"))
 
 
 def drop_checkpoints(run: Path, keep: int = 0) -> None:
@@ -68,28 +98,28 @@ def save(
 
     moments   the optimizer's state of each parameter: tensors, and numbers
 
-    Every process has to call it, and the first one writes.
+    Every process has to call it, and the first one writes: a tensor at a time, so that of what is
+    spread over processes no more than that is ever whole.
     """
     step = trainer_state.global_step
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-    tensors = _gathered((name, parameter) for parameter, name in names.items())
-    fields = [
-        (f"{names[parameter]}|{key}", value)
-        for parameter, state in moments.items()
-        for key, value in state.items()
-    ]
-    found = _gathered((name, value) for name, value in fields if torch.is_tensor(value))
-    final = run / f"{_PREFIX}{step}"
-    if not is_main():
-        return final
-    temporary = run / f".{_PREFIX}{step}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    numbers: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for parameter, fields in moments.items():
+        for key, value in fields.items():
+            (tensors if torch.is_tensor(value) else numbers)[f"{names[parameter]}|{key}"] = value
+    final, temporary = run / f"{_PREFIX}{step}", run / f".{_PREFIX}{step}"
+    if is_main():
+        shutil.rmtree(temporary, ignore_errors=True)
     with disk_errors(run):
-        temporary.mkdir()
-        save_file(tensors, temporary / "masters.safetensors")
-        save_file({**found, **_random_tensors()}, temporary / "optimizer.safetensors")
+        if is_main():
+            temporary.mkdir()
+        _write(temporary / _MASTERS, {name: parameter for parameter, name in names.items()})
+        _write(temporary / _MOMENTS, {**tensors, **_random_tensors()})
+        if not is_main():
+            return final
         values = {
-            "numbers": {name: value for name, value in fields if not torch.is_tensor(value)},
+            "numbers": numbers,
             "scheduler": scheduler.state_dict(),
             "python_random": random.getstate(),
             "numpy_random": _numpy_state(),
@@ -109,41 +139,41 @@ def load_masters(folder: Path, model: nn.Module) -> None:
     """Restore masters. Raises CheckpointError where they are damaged or of another model."""
     with _damage(folder):
         parameters = dict(model.named_parameters())
-        with safe_open(folder / "masters.safetensors", framework="pt") as file:
+        with safe_open(folder / _MASTERS, framework="pt") as file:
             if set(file.keys()) != set(parameters):
                 raise ValueError("its parameters are not this model's")
             for name, parameter in parameters.items():
                 assign(parameter, file.get_tensor(name))
 
 
-def load_moments(folder: Path, model: nn.Module) -> dict[Tensor, dict[str, Any]]:
-    """What `save` was given of every parameter, whole. Raises CheckpointError where damaged."""
+def load_moments(folder: Path, model: nn.Module) -> Iterator[tuple[Tensor, str, Any]]:
+    """What `save` was given: parameter, name and value, one whole tensor at a time.
+
+    Raises CheckpointError where they are damaged.
+    """
     parameters = dict(model.named_parameters())
-    moments: dict[Tensor, dict[str, Any]] = {}
     with _damage(folder):
-        with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
+        with safe_open(folder / _MOMENTS, framework="pt") as file:
             for key in list(file.keys()):
                 name, _, field = key.partition("|")
                 if name != "random":
-                    moments.setdefault(parameters[name], {})[field] = file.get_tensor(key)
+                    yield parameters[name], field, file.get_tensor(key)
         for key, number in _values(folder)["numbers"].items():
             name, _, field = key.partition("|")
-            moments.setdefault(parameters[name], {})[field] = number
-    return moments
+            yield parameters[name], field, number
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Restore an optimizer's moments. Raises CheckpointError where they are damaged."""
     fused = bool(optimizer.param_groups[0].get("fused"))
-    for parameter, state in load_moments(folder, model).items():
-        for field, value in state.items():
-            found = value
-            if torch.is_tensor(value):
-                if value.shape == parameter.shape:
-                    found = like(value, parameter)
-                elif fused or field != "step":  # the others keep their count on the host
-                    found = value.to(parameter.device)
-            optimizer.state[parameter][field] = found
+    for parameter, field, value in load_moments(folder, model):
+        found = value
+        if torch.is_tensor(value):
+            if value.shape == parameter.shape:
+                found = like(value, parameter)
+            elif fused or field != "step":  # the others keep their count on the host
+                found = value.to(parameter.device)
+        optimizer.state[parameter][field] = found
 
 
 def load_schedule(folder: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
@@ -157,7 +187,7 @@ def load_schedule(folder: Path, optimizer: torch.optim.Optimizer, scheduler: Any
 def load_random(folder: Path) -> None:
     """Restore the random generators. Raises CheckpointError where the checkpoint is damaged."""
     with _damage(folder):
-        with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
+        with safe_open(folder / _MOMENTS, framework="pt") as file:
             for key in list(file.keys()):
                 if key.startswith("random|"):
                     _set_random(key.removeprefix("random|"), file.get_tensor(key))
@@ -183,28 +213,32 @@ def _values(folder: Path) -> dict[str, Any]:
 def _damage(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} is damaged ({error}); remove it, or start over with --no-resume."
         ) from error
 
 
+def step_of(folder: Path) -> int:
+    """The steps that a checkpoint comes after."""
+    return int(folder.name.removeprefix(_PREFIX))
+
+
 def _checkpoints(run: Path) -> list[Path]:
     found = [path for path in run.glob(f"{_PREFIX}*") if path.name[len(_PREFIX) :].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[len(_PREFIX) :]))
+    return sorted(found, key=step_of)
 
 
-def _gathered(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Whole tensors on the first process; nothing on the others, which take part."""
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors:
-        value = whole(tensor).detach()
-        if is_main():
-            # what some parameters share, as bitsandbytes' tables, is written for each
-            found[name] = value.clone() if value.data_ptr() in seen else value
-            seen.add(value.data_ptr())
-    return found
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file of tensors, each gathered when its turn comes; the others take part in that."""
+    if not is_main():
+        for tensor in tensors.values():
+            whole(tensor)
+        return
+    plan = plan_file(path.name, {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()})
+    with FileWriter(path.parent, [plan]) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, whole(tensor))
 
 
 def _random_tensors() -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from qexport.training.tokens import Request, Tokens, tokens_of
 __all__ = ["IGNORED", "MixedWindows", "Text", "Windows", "load_text"]
 
 IGNORED = -100  # a label that is no target
+_HELD_OUT = 1 << 18  # tokens of a hub dataset that is evaluated on: it may have no end
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def load_text(config: TrainConfig, tokenizer: Any, tell: Callable[[str], None]) 
         weights.append(float(len(mine)) if weight is None else weight)
         held += [] if apart is None else [apart]
     if config.eval_data is not None:
-        asked = Request(config.eval_data, "eval", False, config.loss_on == "assistant")
+        limit = _HELD_OUT if _streams(config.eval_data) else None
+        asked = Request(config.eval_data, "eval", False, config.loss_on == "assistant", limit)
         held = [_cut(tokens_of(asked, tokenizer, tell)[0], config.max_length)]
     sizes = tuple(map(len, parts))
     return Text(_joined(parts), sizes, tuple(weights), _joined(held) if held else None)
@@ -72,8 +74,9 @@ def _source(
 ) -> tuple[Windows, Windows | None]:
     """Training windows, and held-out ones where there is text enough for one."""
     limit = None
-    if config.max_steps is not None and name != "builtin" and not Path(name).is_file():
-        limit = max(1, config.max_steps) * config.tokens_per_step  # it may have no end
+    if config.max_steps is not None and _streams(name):  # it may have no end
+        start = config.settings.block_windows if config.starts_by_blocks else 0
+        limit = max(max(1, config.max_steps) * config.tokens_per_step, start * config.max_length)
     apart = config.eval_data is None
     asked = Request(name, "train", apart, config.loss_on == "assistant", limit)
     kept, held = tokens_of(asked, tokenizer, tell)
@@ -88,6 +91,10 @@ def _source(
         # Too few documents to hold out: the last windows of the text, where it has enough.
         count = len(training) // 20
         return (training[:-count], training[-count:]) if count else (training, None)
+
+
+def _streams(name: str) -> bool:
+    return name != "builtin" and not Path(name).is_file()
 
 
 def _cut(tokens: Tokens, length: int) -> Windows:

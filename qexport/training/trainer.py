@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from qexport.training.distill import SoftTargets, Teacher, distillation_loss
 from qexport.training.mix import Mixing
 from qexport.training.progress import ProgressReport, TensorBoardLog
 from qexport.training.recipe import Recipe
-from qexport.training.text import MixedWindows, Text
+from qexport.training.text import IGNORED, MixedWindows, Text
 
 __all__ = ["QatTrainer", "make_trainer"]
 
@@ -27,11 +28,13 @@ class QatTrainer(Trainer):
     """Trainer with our checkpoints (`qexport.training.state`) and the dataset's own order.
 
     settings   rates and loss; teacher: who answers where part of the loss is distillation
+    seconds    that its steps have taken, those before a kill included
     """
 
     settings: Recipe
     optimizer: Any
     teacher: Teacher | None = None
+    began: float | None = None  # as time.monotonic has it
     loss_is_scaled_for_ga = True
 
     def compute_loss(
@@ -49,7 +52,7 @@ class QatTrainer(Trainer):
         outputs = model(input_ids=tokens, use_cache=False)
         targets = self.teacher.targets(window, tokens)
         labels = labels[:, 1:].flatten()
-        count = num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum()
+        count = num_items_in_batch if num_items_in_batch is not None else (labels != IGNORED).sum()
         loss = distillation_loss(
             outputs.logits[:, :-1].flatten(0, 1),
             labels,
@@ -60,6 +63,10 @@ class QatTrainer(Trainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP takes the mean of what each counted
         return (loss / count, outputs) if return_outputs else loss / count
+
+    @property
+    def seconds(self) -> float:
+        return 0.0 if self.began is None else time.monotonic() - self.began
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW without decay, with a rate of their own for scales."""
@@ -86,6 +93,7 @@ class QatTrainer(Trainer):
             "loss_sum": self._total_loss_scalar,
             "loss_pending": self._tr_loss.item(),
             "last_logged": self._globalstep_last_logged,
+            "seconds": self.seconds,
             "scaler": None
             if self.accelerator.scaler is None
             else self.accelerator.scaler.state_dict(),
@@ -122,7 +130,9 @@ class QatTrainer(Trainer):
             return
         folder = Path(checkpoint)
         if self.is_deepspeed_enabled:
-            zero.load_moments(self.optimizer, state.load_moments(folder, self.model))
+            found = state.load_moments(folder, self.model)
+            step = torch.tensor(float(state.step_of(folder)))
+            zero.load_moments(self.optimizer, found, step)
         else:
             state.load_optimizer(folder, self.model, self.optimizer)
         state.load_schedule(folder, self.optimizer, self.lr_scheduler)
@@ -160,21 +170,27 @@ def _keep_precise(model: nn.Module) -> None:
                 GlobalOptimManager.get_instance().override_config(parameter, "optim_bits", 32)
 
 
-class _LossSoFar(TrainerCallback):
-    """Gives a resumed run the loss that was summed before the kill, so that its mean is whole."""
+class _SoFar(TrainerCallback):
+    """Gives a resumed run the loss and the time of the steps before the kill, and its own settings.
+
+    Trainer takes how often it saves and logs from the checkpoint; a resume may change that.
+    """
 
     def __init__(self, trainer: QatTrainer) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state_: Any, control: Any, **_: Any) -> None:
+        self._trainer.began = time.monotonic()
         folder = state.last_checkpoint(Path(args.output_dir))
         if folder is None:
             return
+        state_.save_steps, state_.logging_steps = args.save_steps, args.logging_steps
         progress = state.load_progress(folder)
         self._trainer._total_loss_scalar = progress["loss_sum"]
         self._trainer._tr_loss += progress["loss_pending"]
         self._trainer._globalstep_last_logged = progress["last_logged"]
         self._trainer._initial_global_step = 0
+        self._trainer.began -= progress["seconds"]
 
 
 def make_trainer(
@@ -202,7 +218,7 @@ def make_trainer(
     trainer.add_callback(report)
     if is_main():
         trainer.add_callback(TensorBoardLog(str(config.output / "logs")))
-    trainer.add_callback(_LossSoFar(trainer))
+    trainer.add_callback(_SoFar(trainer))
     return trainer
 
 

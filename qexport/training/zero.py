@@ -6,6 +6,7 @@ functions for whole values, so that checkpoints are those of any other run, and 
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,21 +67,23 @@ def moments(model: nn.Module, optimizer: Any) -> dict[Tensor, dict[str, Any]]:
     }
 
 
-def load_moments(optimizer: Any, found: dict[Tensor, dict[str, Any]]) -> None:
-    """Put what `moments` has given into an optimizer that has made no step."""
+def load_moments(optimizer: Any, found: Iterable[tuple[Tensor, str, Any]], step: Tensor) -> None:
+    """Put what `moments` has given into an optimizer that has made no step.
+
+    found   parameter, key and value; step: how many it has made, float32 []
+    """
     from deepspeed.utils import safe_set_full_optimizer_state
 
     inner = _inner(optimizer)
-    step = next(iter(found.values()))["step"]
     for group in inner.param_groups:
         for flat in group["params"]:
             made = {key: torch.zeros_like(flat) for key in _MOMENTS}
             place = flat.device if group.get("fused") else "cpu"
             inner.state[flat] = {"step": step.clone().to(place), **made}
     _link(optimizer)
-    for parameter, state in found.items():
-        for key in _MOMENTS:
-            safe_set_full_optimizer_state(parameter, state[key].to(parameter.device), key)
+    for parameter, key, value in found:
+        if key in _MOMENTS:
+            safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
 
 
 def _link(optimizer: Any) -> None:

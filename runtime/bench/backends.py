@@ -11,7 +11,6 @@ import subprocess
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qexport.errors import InputError, QexportError, UnsupportedError
-from qexport.runtime.child import end_with_parent
+from qexport.runtime.child import NOT_YET, end_with_parent, open_local
 from qexport.version import __version__
 
 __all__ = [
@@ -100,7 +99,7 @@ class Native(Backend):
             context=options.context,
             threads=options.threads,
         )
-        self._generator = open_generator(path, serving)
+        self._generator = open_generator(path, serving, waiting=options.slots)
         self.kernel, self.version = self._generator.decoder.kernels, __version__
 
     def run(self, prompts: list[list[int]], tokens: int) -> Answers:
@@ -197,10 +196,10 @@ class LlamaServer(Backend):
         end = time.monotonic() + _START_SECONDS
         while time.monotonic() < end and self._process.poll() is None:
             try:
-                with urllib.request.urlopen(f"{self._url}/health", timeout=2) as answer:
+                with open_local(f"{self._url}/health", timeout=2) as answer:
                     if answer.status == 200:
                         return
-            except (urllib.error.URLError, OSError):  # noqa: PERF203  # not yet
+            except NOT_YET:  # noqa: PERF203  # not yet
                 time.sleep(0.2)
         self._log.seek(0)
         said = self._log.read().decode(errors="replace").strip().splitlines()[-3:]
@@ -208,7 +207,7 @@ class LlamaServer(Backend):
         raise QexportError(f"llama-server did not start: {' '.join(said)[:500]}")
 
     def _build(self) -> str:
-        with urllib.request.urlopen(f"{self._url}/props", timeout=10) as answer:
+        with open_local(f"{self._url}/props", timeout=10) as answer:
             return str(json.load(answer).get("build_info", "of unknown version"))
 
     def run(self, prompts: list[list[int]], tokens: int) -> Answers:
@@ -226,7 +225,7 @@ class LlamaServer(Backend):
                 json.dumps(body).encode(),
                 {"Content-Type": "application/json"},
             )
-            with urllib.request.urlopen(request, timeout=3600) as answer:
+            with open_local(request, timeout=3600) as answer:
                 for line in answer:
                     if line.startswith(b"data: "):
                         event = json.loads(line[6:])

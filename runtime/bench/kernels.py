@@ -17,11 +17,11 @@ from torch.nn.functional import linear
 
 from qexport.grid import Scheme
 from qexport.page import Page, Table
-from qexport.runtime.bench.machine import describe
 from qexport.runtime.bench.noise import Noise
 from qexport.runtime.bench.report import machine_facts
 from qexport.runtime.bench.statistics import percentiles
 from qexport.runtime.kernels import KERNELS
+from qexport.runtime.machine import describe
 from qexport.svg import line_chart
 from qexport.tensor import QuantizedTensor, portable
 

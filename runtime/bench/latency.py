@@ -20,11 +20,11 @@ from qexport.errors import InputError, QexportError
 from qexport.formats import open_checkpoint
 from qexport.runtime.bench.backends import Answers, Options
 from qexport.runtime.bench.contender import Contender, Running
-from qexport.runtime.bench.machine import describe
 from qexport.runtime.bench.noise import Noise
 from qexport.runtime.bench.roofs import roofs
 from qexport.runtime.bench.statistics import percentiles, request_times
 from qexport.runtime.loader import best_device
+from qexport.runtime.machine import describe
 from qexport.runtime.plan import PAYS
 
 __all__ = ["SCHEMA", "Settings", "crossovers", "measure_latency", "step_seconds"]

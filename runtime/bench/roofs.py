@@ -8,9 +8,9 @@ import torch
 
 from qexport.grid import INT8, Scheme
 from qexport.runtime.bench.kernels import random_weight
-from qexport.runtime.bench.machine import cpu_name, memory_bytes
 from qexport.runtime.hardware import Hardware
 from qexport.runtime.kernels import KERNELS
+from qexport.runtime.machine import cpu_name, memory_bytes
 
 __all__ = ["roofs"]
 

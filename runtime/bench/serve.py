@@ -16,8 +16,8 @@ from typing import Any
 import httpx
 
 from qexport.errors import InputError, QexportError
-from qexport.runtime.bench.machine import describe
 from qexport.runtime.bench.statistics import percentiles, request_times
+from qexport.runtime.machine import describe
 
 __all__ = [
     "SCHEMA",

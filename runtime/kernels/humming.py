@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qexport.errors import UnsupportedError
 from qexport.formats.humming import Humming
-from qexport.grid import Scheme
+from qexport.grid import Scheme, dtype_name
 from qexport.runtime.kernels.base import Kernel, Linear
 from qexport.tensor import QuantizedTensor
 
@@ -65,6 +66,20 @@ class HummingKernel(Kernel):
         return _HummingLinear(weight, bias)
 
 
+def _exactly(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales or zero points in the activations' dtype, in which humming wants them.
+
+    Raises UnsupportedError where that would round one.
+    """
+    found = tensor.to(dtype)
+    if not torch.equal(found.to(tensor.dtype), tensor):
+        raise UnsupportedError(
+            f"humming would round scales of {dtype_name(tensor.dtype)} to {dtype_name(dtype)}; use "
+            f"--dtype {dtype_name(tensor.dtype)} or another --kernel."
+        )
+    return found
+
+
 def _layer(weight: QuantizedTensor, bias: Tensor | None, dtype: torch.dtype) -> Any:
     from humming.layer import HummingLayer
 
@@ -87,7 +102,8 @@ def _layer(weight: QuantizedTensor, bias: Tensor | None, dtype: torch.dtype) -> 
     if bias is not None:
         tensors["bias"] = bias
     for name, tensor in tensors.items():
-        tensors[name] = tensor if tensor.dtype == torch.int32 else tensor.to(dtype)
+        if tensor.dtype != torch.int32:
+            tensors[name] = _exactly(tensor, dtype) if name != "bias" else tensor.to(dtype)
     layer.load_from_tensors(tensors)
     layer = layer.to(weight.codes.device)
     layer.transform()

@@ -3,6 +3,7 @@
 import json
 import os
 import queue
+import stat
 import threading
 from typing import IO, Any
 
@@ -28,6 +29,9 @@ class RequestLog:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
             mode = 0o600 if with_prompts else 0o644  # what people asked is not for every user
             self._file = os.fdopen(os.open(path, flags, mode), "ab", buffering=0)
+            status = os.fstat(self._file.fileno())
+            if with_prompts and stat.S_ISREG(status.st_mode):  # it may have been there before
+                os.fchmod(self._file.fileno(), status.st_mode & 0o600)
         self._lines: queue.Queue[bytes | None] = queue.Queue(_MOST_LINES)
         self._torn = False
         self._thread = threading.Thread(target=self._run, name="qexport-log", daemon=True)

@@ -1,5 +1,6 @@
 """OpenAI's requests, as far as this server speaks them; every other field is refused by name."""
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -189,11 +190,26 @@ class FunctionCall(Strict):
     name: str
     arguments: str
 
+    def parsed(self) -> dict[str, Any]:
+        """The arguments; no text is none of them. Raises ValueError for what is no JSON object."""
+        try:
+            found = json.loads(self.arguments or "{}")
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(f"the arguments of a call of {self.name} are no JSON object")
+        return found
+
 
 class ToolCall(Strict):
     id: str
     type: Literal["function"]
     function: FunctionCall
+
+    def for_template(self) -> dict[str, Any]:
+        """With arguments as an object: that is what chat templates write out as JSON."""
+        function = {"name": self.function.name, "arguments": self.function.parsed()}
+        return {"id": self.id, "type": self.type, "function": function}
 
 
 class Message(Strict):
@@ -216,6 +232,8 @@ class Message(Strict):
             raise ValueError("a message has content, or the assistant's tool_calls")
         if self.tool_calls and self.role != "assistant":
             raise ValueError("tool_calls are the assistant's")
+        for call in self.tool_calls or ():
+            call.function.parsed()
         if self.role == "tool" and self.tool_call_id is None:
             raise ValueError("a tool's message says which call it answers, by tool_call_id")
         return self
@@ -227,7 +245,7 @@ class Message(Strict):
             "content": _text(self.content),
         }
         if self.tool_calls:
-            found["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+            found["tool_calls"] = [call.for_template() for call in self.tool_calls]
         if self.tool_call_id is not None:
             found["tool_call_id"] = self.tool_call_id
         if self.name is not None:

@@ -144,7 +144,7 @@ class Service:
         """`n` answers to each prompt. Raises FieldError for what no sampler takes."""
         jobs = []
         for prompt in prompts:
-            room = max(1, min(default, self.generator.context - len(prompt)))
+            room = self.generator.room(prompt, default)
             for index in range(body.choices):
                 sampling = body.sampling(body.limit() or room, self.limits, index)
                 jobs.append(Job(prompt, sampling, grammar))

@@ -24,7 +24,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 
 from qexport import bits
-from qexport.checkpoint import Modules, modules_from_json
+from qexport.checkpoint import Modules, check_codes, check_scales, modules_from_json
 from qexport.errors import CheckpointError
 from qexport.grid import Scheme
 from qexport.runtime.kernels.cpu import CpuKernel, CpuLinear
@@ -125,6 +125,7 @@ class NativeLinearMethod(LinearMethodBase):
     def __init__(self, prefix: str, shards: list[Shard | None]) -> None:
         self._prefix, self._shards = prefix, shards
         self._linears: list[Any] = []
+        self._placed: set[str] = set()  # parameters that the checkpoint had something for
 
     def create_weights(
         self,
@@ -205,6 +206,7 @@ class NativeLinearMethod(LinearMethodBase):
                     f"model wants {tuple(target.shape)}."
                 )
             target.data.copy_(part)
+            self._placed.add(f"{name}_{index}")
 
         return load
 
@@ -236,7 +238,12 @@ class NativeLinearMethod(LinearMethodBase):
         return bool(layer.output_size != sum(self._rows))
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Prepack: shards of one scheme together, as they are multiplied with the same input."""
+        """Prepack: shards of one scheme together, as they are multiplied with the same input.
+
+        Raises CheckpointError where a tensor is missing, of which vLLM keeps no account here, or
+        holds what its grid does not have.
+        """
+        self._check_placed()
         weights: list[Weight] = [(self._weight(layer, n), None) for n in range(len(self._rows))]
         for name in [name for name, _ in layer.named_parameters(recurse=False) if name != "bias"]:
             delattr(layer, name)
@@ -250,18 +257,26 @@ class NativeLinearMethod(LinearMethodBase):
             if kept is not None:
                 layer.register_parameter(f"part_{number}", Parameter(kept, requires_grad=False))
 
+    def _check_placed(self) -> None:
+        for index, shard in enumerate(self._shards):
+            for name in self._stored(shard, 1):
+                if f"{name}_{index}" not in self._placed:
+                    raise CheckpointError(
+                        f"{self._prefix}: the checkpoint lacks {name} of its part {index + 1}; it "
+                        "is not whole."
+                    )
+
     def _weight(self, layer: Any, index: int) -> QuantizedTensor | Tensor:
         shard = self._shards[index]
         if shard is None:
             return getattr(layer, f"weight_{index}").data  # type: ignore[no-any-return]
-        codes = getattr(layer, f"qweight_{index}").data
-        zeros = getattr(layer, f"zeros_{index}").data if shard.scheme.grid.zeros else None
-        return QuantizedTensor(
-            bits.unpack(codes, shard.scheme.grid.bits, self._inputs),
-            getattr(layer, f"scales_{index}").data,
-            shard.scheme,
-            zeros,
-        )
+        grid = shard.scheme.grid
+        codes = bits.unpack(getattr(layer, f"qweight_{index}").data, grid.bits, self._inputs)
+        scales = getattr(layer, f"scales_{index}").data
+        check_codes(codes, grid, self._prefix)
+        check_scales(scales, self._prefix)
+        zeros = getattr(layer, f"zeros_{index}").data if grid.zeros else None
+        return QuantizedTensor(codes, scales, shard.scheme, zeros)
 
     def _prepacked(self, weight: QuantizedTensor | Tensor) -> Any:
         """The kernel's linear; None for a dense part, which torch multiplies."""

