@@ -68,6 +68,7 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)  # the prompt's and those generated
     slot: int | None = None
     ran: int = 0  # tokens that the slot's cache holds
+    known: int = 0  # tokens that it had when the last of them ran
     cached: int = 0
     arrived: float = field(default_factory=time.monotonic)
     admitted: float | None = None  # when it got a slot
@@ -83,7 +84,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class _Held:
-    """Tokens whose keys and values a slot holds, and how many their sequence was known to have."""
+    """Tokens whose keys and values a slot holds, and how many their sequence had when they ran."""
 
     tokens: Tokens
     length: int
@@ -170,7 +171,7 @@ class Scheduler:
         for sequence, span in spans.items():
             if sequence.slot is None:  # it failed
                 continue
-            sequence.ran = span.start + len(span.tokens)
+            sequence.ran, sequence.known = span.start + len(span.tokens), span.length
             if span.logits:
                 self._take(sequence, results[sequence])
 
@@ -276,7 +277,7 @@ class Scheduler:
         assert sequence.slot is not None
         self._running.remove(sequence)
         left = np.array(sequence.tokens[:held], np.int32)
-        self._free[sequence.slot] = _Held(left, len(sequence.tokens))
+        self._free[sequence.slot] = _Held(left, sequence.known)
         sequence.slot = None
 
 

@@ -52,7 +52,7 @@ def _name(arg: str) -> str:
 
 def _value(name: str, rest: deque[str]) -> str:
     """What comes after an option; a switch may stand alone, and is then on."""
-    if name in _SWITCHES and (not rest or rest[0].lower() not in _TRUTHS):
+    if name in _SWITCHES and (not rest or rest[0].lower() not in _TRUE + _FALSE):
         return "true"
     return rest.popleft() if rest else ""
 
@@ -89,7 +89,7 @@ _TOGETHER: dict[Callable[[dict[str, str]], list[str]], tuple[str, ...]] = {
 }
 
 
-_TRUTHS = ("true", "false", "1", "0")
+_TRUE, _FALSE = ("true", "1", "yes", "t", "y"), ("false", "0", "no", "f", "n")
 _SWITCHES = (
     *("--bf16", "--fp16", "--tf32", "--qat", "--do_train", "--do_eval", "--log_on_each_node"),
     *("--enable_groupwise", "--contain_weight_clip_val", "--gradient_checkpointing"),
@@ -98,9 +98,9 @@ _SWITCHES = (
 
 
 def _is_true(value: str) -> bool:
-    if value.lower() not in _TRUTHS:
+    if value.lower() not in _TRUE + _FALSE:
         raise click.UsageError(f"{value} is neither True nor False.")
-    return value.lower() in ("true", "1")
+    return value.lower() in _TRUE
 
 
 def _as(option: str) -> Translate:

@@ -191,9 +191,27 @@ def test_what_qexport_did_not_write_is_not_removed(
     run = place / "run"
     shutil.copytree(runs("2"), run)
     shutil.copytree(tiny_model, run / "base")
+    (run / "logs-of-mine.txt").write_text("mine")
     arguments = ("--data", "builtin", "--bits", "3", *TRAIN, "--no-resume", "-o", run)
-    assert cli("train", run / "base", *arguments).returncode == 0
+    for _ in range(2):  # what the first one kept is not the second one's either
+        assert cli("train", run / "base", *arguments).returncode == 0
+        assert (run / "base" / "model.safetensors").exists()
+        assert (run / "logs-of-mine.txt").read_text() == "mine"
+    quantize = (
+        "quantize",
+        run / "base",
+        "--method",
+        "rtn",
+        "--bits",
+        "4",
+        "--no-resume",
+        "-o",
+        run,
+    )
+    assert cli(*quantize).returncode == 0
     assert (run / "base" / "model.safetensors").exists()
+    assert (run / "logs-of-mine.txt").read_text() == "mine"
+    assert not (run / "report.html").exists()  # the training's own is gone with it
 
 
 def test_code_in_a_checkpoint_is_never_run(tiny_model: Path, place: Path) -> None:
@@ -364,7 +382,7 @@ def test_two_trainers_do_not_share_a_folder(cli: Cli, tiny_model: Path, place: P
             time.sleep(0.05)
         result = cli("train", tiny_model, *arguments, "-o", "run", cwd=place)
         assert result.returncode == 2
-        assert "another process is writing run" in one_sentence(result.stderr)
+        assert "another qexport is writing run" in one_sentence(result.stderr)
     finally:
         process.kill()
         process.wait()

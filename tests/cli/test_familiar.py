@@ -43,9 +43,14 @@ def test_a_paretoq_command_line_works(cli: Cli, tiny_model: Path, tmp_path: Path
         (["--fp16", "True", "--bf16", "False"], ["--precision", "fp16"]),
         (["--bf16", "True"], ["--precision", "bf16"]),
         (["--fp16=False"], []),
+        (["--do_train", "--w_bits", "2", "MODEL"], ["--bits", "2", "MODEL"]),
+        (["--w_bits", "2", "--bf16"], ["--bits", "2", "--precision", "bf16"]),
+        (["--bf16", "--num_train_epochs", "1.0"], ["--precision", "bf16"]),
+        (["--gradient_checkpointing", "--w_bits=4"], ["--gradient-checkpointing", "--bits", "4"]),
     ],
 )
-def test_their_two_flags_are_one_precision(theirs: list[str], ours: list[str]) -> None:
+def test_flags_and_what_they_come_to(theirs: list[str], ours: list[str]) -> None:
+    """A switch may stand alone, as HfArgumentParser has it; two flags are one precision."""
     assert translated(theirs, lambda _: None) == ours
 
 
@@ -54,8 +59,9 @@ def test_their_two_flags_are_one_precision(theirs: list[str], ours: list[str]) -
     [
         ("give it to qexport pack", ("--contain_weight_clip_val", "True")),
         ("give --max-steps for more", ("--num_train_epochs", "3")),
+        ("give --max-steps for more", ("--num_train_epochs", "10")),
         ("without weight decay", ("--weight_decay", "0.1")),
-        ("is neither True nor False", ("--bf16", "yes")),
+        ("is neither True nor False", ("--bf16=maybe",)),
         ("No such option", ("--entropy_loss_weight", "1")),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from qexport.formats import FORMATS, Options, detect, open_checkpoint
 from qexport.formats.gguf.container import GgufFile
 from qexport.formats.pack import pack
 from tests.formats.models import decoder_layer, taken_by
+from tests.formats.test_gguf import foreign_file
 from tests.fuzz import fuzz
 
 SAFETENSORS = sorted(set(FORMATS) - {"gguf"})
@@ -255,14 +257,63 @@ def test_tensors_over_one_another(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("block", ["Q2_K", "Q4_1"])
-def test_gguf_minima_that_are_not_finite(block: str) -> None:
-    from qexport.formats.gguf.blocks import BLOCKS
+def test_gguf_minima_that_are_not_finite(tiny_model: Path, tmp_path: Path, block: str) -> None:
+    path = tmp_path / "theirs.gguf"
+    foreign_file(path, tiny_model, {"all": block})
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert open_checkpoint(path)[name] is not None
+    at = GgufFile(path).tensors["blk.0.ffn_up.weight"].offset
+    content = bytearray(path.read_bytes())
+    at += {"Q2_K": 82, "Q4_1": 2}[block]  # of the first block's minimum
+    content[at : at + 2] = b"\x00\x7c"  # infinity
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="has a scale that is not finite"):
+        open_checkpoint(path)[name]
 
-    raw = torch.zeros(1, 1, BLOCKS[block].bytes, dtype=torch.uint8)
-    place = {"Q2_K": 82, "Q4_1": 2}[block]
-    raw[..., place : place + 2] = torch.tensor([0x00, 0x7C], dtype=torch.uint8)
-    if block == "Q2_K":
-        raw[..., :16] = 0x11
-    decoded = BLOCKS[block].decode(raw)
-    assert decoded.minimum is not None
-    assert not bool(decoded.minimum.isfinite().all())
+
+@pytest.mark.parametrize("form", ["gptq", "gptq_v2", "awq", "compressed-tensors", "native"])
+def test_a_dense_twin_beside_codes(tiny_model: Path, tmp_path: Path, form: str) -> None:
+    """It would stand in for codes that were tampered with, in `verify` and nowhere else."""
+    folder = packed(tiny_model, tmp_path / "out", form)
+    checkpoint = open_checkpoint(folder)
+    name = f"{next(iter(checkpoint.modules))}.weight"
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = checkpoint.quantized(name).dequantize()
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="dense and quantized"):
+        open_checkpoint(folder)
+
+
+def test_rules_that_are_none(tiny_model: Path, tmp_path: Path) -> None:
+    folder = packed(tiny_model, tmp_path / "out", "gptq")
+    config = json.loads((folder / "config.json").read_text())
+    for rules in (5, True, ["x"]):
+        config["quantization_config"]["dynamic"] = rules
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match="dynamic is no object of rules"):
+            open_checkpoint(folder)
+
+
+def test_files_that_are_carried_do_not_lead_elsewhere(tiny_model: Path, tmp_path: Path) -> None:
+    """A packed folder is there to be given away, and what a link leads to is not."""
+    secret = tmp_path / "id_rsa"
+    secret.write_text("secret")
+    cache = tmp_path / "models--org--name"
+    model = cache / "snapshots" / "abc"
+    shutil.copytree(tiny_model, model)
+    (cache / "blobs").mkdir()
+    (model / "tokenizer.json").rename(cache / "blobs" / "1")
+    (model / "tokenizer.json").symlink_to("../../blobs/1")  # as the hub's cache has it
+    assert open_checkpoint(model).carried_files()
+    (model / "LICENSE-x").symlink_to(secret)
+    with pytest.raises(CheckpointError, match="LICENSE-x is a link out of its folder"):
+        open_checkpoint(model).carried_files()
+
+
+def test_a_vocabulary_that_is_not_the_embeddings(tiny_model: Path, tmp_path: Path) -> None:
+    """Nothing as long is made of it."""
+    folder = packed(tiny_model, tmp_path / "native", "native")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 2**31 - 1}))
+    with pytest.raises(CheckpointError, match="vocab_size is 2147483647, and there are"):
+        pack(open_checkpoint(folder), FORMATS["gguf"], tmp_path / "out")

@@ -19,7 +19,7 @@ from tests.conftest import WIDTHS, Runs
 from tests.formats.models import checkpoint, tensor
 from tests.formats.test_native import numpy_file
 
-GRID_BITS = {"int2": 2, "uint2": 2, "int3": 3, "uint3": 3, "int4": 4, "uint4": 4, "int8": 8}
+GRIDS_OF_GPTQ = sorted(grid.name for grid in FORMATS["gptq"].grids)
 
 
 def field(words: NDArray[np.int32], index: int, bits: int) -> int:
@@ -79,7 +79,7 @@ def test_every_trained_width_decodes_by_the_layout(
 
 
 @pytest.mark.parametrize("form", ["gptq", "gptq_v2"])
-@pytest.mark.parametrize("grid", sorted(GRID_BITS))
+@pytest.mark.parametrize("grid", GRIDS_OF_GPTQ)
 def test_every_grid_decodes_by_the_layout(tmp_path: Path, form: str, grid: str) -> None:
     mine = tensor(grid, 64, 96, 32, seed=3)
     pack(checkpoint(tmp_path, {"a.weight": mine}), FORMATS[form], tmp_path / "out")

@@ -105,7 +105,10 @@ def test_a_target_is_kept(method: str, trained: Path, tmp_path: Path) -> None:
     assert len(set(grids.values())) > 1
     assert grids["0.mlp.down_proj"] == "int8"
     for block in ("0", "1"):
-        for fused in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),):
+        for fused in (
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            ("mlp.gate_proj", "mlp.up_proj"),
+        ):
             assert len({grids[f"{block}.{name}"] for name in fused}) == 1
 
 
@@ -113,3 +116,22 @@ def test_mistakes(tiny_model: Path, tmp_path: Path) -> None:
     for changes in ({"target_bpw": 1.0}, {"calibration": None, "method": "rtn"}, {"grid": "int4"}):
         with pytest.raises(InputError, match="--target-bpw"):
             mixed(tiny_model, tmp_path / "run", **changes)
+
+
+def test_what_is_left_of_the_bits_is_spent() -> None:
+    """Where the best step is too wide, the next best one is taken."""
+    sizes = {"2": 2.5, "3": 3.5, "4": 4.5, "8": 8.5}
+    losses = {"2": 10.0, "3": 7.0, "4": 1.0, "8": 0.0}
+    asked = ({"a": losses}, {"a": sizes}, {"a": 100}, [["a"]])
+    for target, width in ((2.6, "2"), (3.9, "3"), (4.6, "4"), (9.0, "8")):
+        assert widths_for(*asked, target) == {"a": width}
+
+
+def test_inputs_that_are_never_active_cost_nothing(trained: Path) -> None:
+    source = open_checkpoint(trained)
+    model = build_model(source, torch.float32, lambda name: source.dense(name).float())
+    name = "model.layers.0.self_attn.o_proj"
+    model.model.layers[0].self_attn.v_proj.weight.data.zero_()
+    rows = torch.randint(0, 250, (2, 16))
+    told = measure(model, rows, {name: [("3", Scheme(GRIDS["int3"], 32))]}, lambda _: None)
+    assert told[name]["3"] == 0

@@ -274,10 +274,14 @@ def test_a_kept_prefix_changes_nothing(tmp_path: Path, family: str, decoder: Mak
     """Whatever a decoder lets a prompt take over of another's cache, the answer is its own."""
     made = decoder(make(tmp_path / "model", family))
     first, other = tokens(0), tokens(1)
-    for held, length in ((20, 40), (LENGTH, 40), (40, LENGTH), (LENGTH, LENGTH)):
+    left = (20, LENGTH, 40)  # a long prompt whose client left while it ran
+    for ran, held, length in (
+        *((20, 20, 40), (LENGTH, LENGTH, 40), (40, 40, LENGTH), (LENGTH, LENGTH, LENGTH)),
+        *([left] if made.chunked else []),
+    ):
         prompt = [*first[:16], *other[16:length]]
         want = made.forward([Span(1, 0, prompt, length)]).clone()
-        made.forward([Span(0, 0, first[:held], held)])
+        made.forward([Span(0, 0, first[:ran], held)])
         kept = made.reusable(0, held, 16, length)
         assert 0 <= kept <= 16
         close(made.forward([Span(0, kept, prompt[kept:], length)]), want)

@@ -4,12 +4,14 @@ import threading
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 
+import qexport
 from qexport.errors import InputError, QexportError
 from qexport.runtime.generator import Generator, Sampling
 from qexport.runtime.loader import open_model
@@ -248,3 +250,26 @@ def test_a_closed_engine_fails_what_runs(tiny_model: Path) -> None:
         list(ticket)
     with pytest.raises(QexportError, match="the engine has ended"):
         engine.submit([1], Sampling(max_tokens=1))
+
+
+def test_tokens_without_text_are_not_decoded_again_and_again(generator: Generator) -> None:
+    """Special ones, say, of which a client may ask for a whole context."""
+    backend = generator.tokenizer.backend_tokenizer
+    longest = 0
+
+    class Watched:
+        def decode(self, tokens: list[int], **options: Any) -> str:
+            nonlocal longest
+            longest = max(longest, len(tokens))
+            return str(backend.decode(tokens, **options))
+
+    end = generator.tokenizer.eos_token_id
+    stream = TextStream(Watched(), generator.encode("ab"), ())
+    assert "".join(stream.add(end) for _ in range(1000)) == ""
+    assert longest < 100
+    assert "".join(stream.add(i) for i in generator.encode("c 🙂")) + stream.rest() == "c 🙂"
+
+
+def test_no_tokens_are_none(generator: Generator) -> None:
+    with pytest.raises(InputError):
+        qexport.generate(generator, "a", max_tokens=0)

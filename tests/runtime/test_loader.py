@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from qexport.errors import CheckpointError, InputError
 from qexport.formats import open_checkpoint
 from qexport.runtime.loader import load_model
+from qexport.runtime.serving import Serving, open_decoder
 from qexport.tiny import write_tiny_model
 
 CPU = torch.device("cpu")
@@ -38,6 +39,18 @@ def test_a_missing_tensor_is_named(tiny_model: Path, tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"lacks model\.norm\.weight"):
         load_model(open_checkpoint(folder), torch.float32, CPU)
+
+
+@pytest.mark.parametrize("kernel", [None, "reference"])
+def test_a_head_is_the_embeddings_only_where_the_config_ties_them(
+    tmp_path: Path, kernel: str | None
+) -> None:
+    folder = write_tiny_model(tmp_path / "m", tie_word_embeddings=False)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lacks lm_head\.weight"):
+        open_decoder(open_checkpoint(folder), Serving(kernel=kernel))
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def test_what_does_not_fit_is_marked(tmp_path: Path, cli: Cli) -> None:
     rows = [
         line.split("time")[1].split() for line in t4.stdout.splitlines() if "at a time " in line
     ]
-    assert [row.count("no") for row in rows] == [1, 1, 3] or [r.count("no") for r in rows]
+    assert [row.count("no") for row in rows] == [1, 1, 3]
     assert "float16" in t4.stdout and "bfloat16" not in t4.stdout
     assert "up to the" in t4.stdout and "that fit" in t4.stdout
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": 320}))
@@ -230,7 +230,7 @@ def test_this_machine_is_measured(cli: Cli, tmp_path: Path, layers: int) -> None
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["times_are"] == "measured with random weights"
-    assert found["noise"]["clean"] == (not found["noise"]["reasons"])
+    assert all(isinstance(reason, str) for reason in found["noise"]["reasons"])
     assert set(found["tpot_seconds"]) == {"seq2 g32", "bfloat16", "w8a8"}
     assert all(0 < times["1"] < 5 for times in found["tpot_seconds"].values())
     assert found["runtime_bytes"] > 100 << 20

@@ -221,7 +221,7 @@ def test_a_prompt_that_is_not_to_be_split_waits_for_room() -> None:
 def test_a_decoder_may_take_nothing_over() -> None:
     decoder = Counting(1, 48)
     scheduler = Scheduler(decoder, frozenset())
-    for expected_share, may in ((0, True), (9, True), (0, False)):
+    for number, (expected_share, may) in enumerate(((0, True), (9, True), (0, False))):
         asked: list[tuple[int, ...]] = []
 
         def reusable(*numbers: int, may: bool = may, asked: Any = asked) -> int:
@@ -232,7 +232,26 @@ def test_a_decoder_may_take_nothing_over() -> None:
         told = request(scheduler, [2] * 10)
         scheduler.step()
         assert told[-1].cached == expected_share
-        assert asked == ([(0, 10, 10, 10)] if asked else [])
+        assert asked == ([(0, 10, 10, 10)] if number else [])
+
+
+def test_keys_of_a_prompt_that_was_left_are_known_by_its_whole_length() -> None:
+    """longrope turns the keys of a long prompt's first chunk by what is still to come."""
+    decoder = Counting(1, 48)
+    scheduler = Scheduler(decoder, frozenset(), chunk=4)
+    asked = []
+
+    def reusable(*numbers: int) -> int:
+        asked.append(numbers)
+        return 0
+
+    decoder.reusable = reusable  # type: ignore[method-assign, assignment]
+    request(scheduler, [2] * 40)
+    scheduler.step()
+    scheduler.cancel(scheduler._running[0])
+    request(scheduler, [2] * 10)
+    scheduler.step()
+    assert asked == [(0, 40, 4, 10)]
 
 
 def test_a_long_conversation_is_not_lost_to_a_few_tokens_in_common() -> None:

@@ -130,8 +130,11 @@ def test_every_source_has_its_share_at_every_moment(
 
 
 def test_a_teacher_tells_no_more_tokens_than_there_are(tiny_model: Path, tmp_path: Path) -> None:
-    config = small(tiny_model, tmp_path, max_steps=1, distill=0.5, teacher_top_k=10**6)
-    assert train(config, Console(quiet=True))["steps"] == 1
+    asked = {"max_steps": 1, "distill": 0.5}
+    more = small(tiny_model, tmp_path / "more", teacher_top_k=10**6, **asked)
+    all_of_them = small(tiny_model, tmp_path / "all", teacher_top_k=0, **asked)
+    losses = [train(config, Console(quiet=True))["train_loss"] for config in (more, all_of_them)]
+    assert losses[0] == losses[1]
 
 
 def test_few_documents_and_the_fast_recipe(tiny_model: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What must hold on a CUDA device too: the same codes, and a run that resumes."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,10 @@ def test_a_run_is_resumed(tiny_model: Path, tmp_path: Path) -> None:
         tiny_model, "builtin", tmp_path / "run", "2", 32, max_steps=6, max_length=32, save_steps=2
     )
     stop_after_a_checkpoint(config)
-    assert train(config, Console(quiet=True))["steps"] == 6
+    resumed = train(config, Console(quiet=True))
+    whole = train(replace(config, output=tmp_path / "whole"), Console(quiet=True))
+    assert resumed["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-3)
+    assert resumed["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-3)
     assert len(open_checkpoint(config.output).modules) == 14
 
 
@@ -74,4 +78,6 @@ def test_a_run_in_fewer_bits_is_resumed(
         **changes,
     )
     stop_after_a_checkpoint(config)
-    assert train(config, Console(quiet=True))["steps"] == 6
+    resumed = train(config, Console(quiet=True))
+    whole = train(replace(config, output=tmp_path / "whole"), Console(quiet=True))
+    assert resumed["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-2)

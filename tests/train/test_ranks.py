@@ -84,7 +84,10 @@ def alone(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.parametrize("extra", [(), ("--shard",), ("--shard", "--gradient-checkpointing")])
+@pytest.mark.parametrize(
+    "extra",
+    [(), ("--shard",), ("--shard", "--gradient-checkpointing"), ("--shard", "--offload")],
+)
 def test_two_processes_train_what_one_does(
     tiny_model: Path, alone: Path, tmp_path: Path, extra: tuple[str, ...]
 ) -> None:

@@ -172,3 +172,62 @@ def test_a_checkpoint_cut_short_is_never_taken_for_one(tmp_path: Path) -> None:
     state.drop_checkpoints(tmp_path, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
     assert not list(tmp_path.rglob("*.p*t*h")) + list(tmp_path.rglob("*.bin"))
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    tiny_model: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    """What a disk has lost of the newest one costs the steps since the one before, and no more."""
+    output = tmp_path / "run"
+    arguments = command(tiny_model, output)
+    while len(found := sorted(output.glob("checkpoint-*"))) < 2:
+        assert kill_after_a_checkpoint(arguments, output, 0)
+    newest = max(found, key=state.step_of)
+    weights = newest / "masters.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    result = run(arguments)
+    assert result.returncode == 0, result.stderr
+    assert f"{newest.name} is damaged, and removed" in " ".join(result.stderr.split())
+    assert verify(open_checkpoint(uninterrupted), open_checkpoint(output)).exact
+
+
+def test_a_kill_while_the_files_get_their_names(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command finishes the run, and another one may clear it away."""
+    config = TrainConfig(
+        tiny_model, "builtin", tmp_path / "run", "2", 32, max_steps=2, max_length=32
+    )
+    replace = Path.replace
+
+    def killed(path: Path, target: Path) -> Path:
+        if path.name == "config.json":
+            os._exit(9)
+        return replace(path, target)
+
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(Path, "replace", killed)
+        train(config, Console(quiet=True))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert (config.output / "model.safetensors").exists()
+    assert not (config.output / "config.json").exists()
+    train(config, Console(quiet=True))
+    assert open_checkpoint(config.output).modules
+    assert not list(config.output.glob(".[!.]*")) + list(config.output.glob("checkpoint-*"))
+
+
+def test_what_may_change_at_a_resume_does(tiny_model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    arguments = command(tiny_model, output)
+    assert kill_after_a_checkpoint(arguments, output, 0)
+    first = max(map(state.step_of, output.glob("checkpoint-*")))
+    process = subprocess.Popen(
+        [*arguments, "--save-steps", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    seen: set[int] = set()
+    while process.poll() is None:
+        seen |= set(map(state.step_of, output.glob("checkpoint-*")))
+    assert process.returncode == 0
+    assert any(step % 3 for step in seen if step > first)

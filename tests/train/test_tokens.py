@@ -12,6 +12,8 @@ from transformers import AutoTokenizer
 
 from qexport.data import documents, is_held_out, tokenize
 from qexport.errors import DataError, InputError
+from qexport.formats import open_checkpoint
+from qexport.runtime.loader import load_model
 from qexport.training import TrainConfig, train
 from qexport.training.text import load_text
 from qexport.training.tokens import Request, tokens_of
@@ -227,8 +229,16 @@ def test_windows_of_chats_and_plain_text(tmp_path: Path, tiny_model: Path, token
     count = text.sizes[0]
     assert bool(text.rows.targets[count:].all())
     assert 0.1 < text.rows.targets[:count].float().mean() < 0.6
+    assert text.held_out is not None and text.held_out.targets is not None
     results = train(config, Console(quiet=True))
-    assert results["eval_loss"] > 0
+    model = load_model(open_checkpoint(config.output), torch.float32, torch.device("cpu"))
+    rows, wanted = text.held_out.tokens.long(), text.held_out.targets[:, 1:]
+    with torch.no_grad():
+        scores = torch.log_softmax(model(input_ids=rows).logits[:, :-1], -1)
+    told = scores.gather(-1, rows[:, 1:, None])[..., 0][wanted]
+    assert len({int(row.sum()) for row in wanted}) > 1  # a mean of windows' means is another
+    assert results["eval_tokens"] == len(told)
+    assert results["eval_loss"] == pytest.approx(-float(told.mean()), rel=1e-5)
 
 
 def test_text_without_an_assistant(tmp_path: Path, tiny_model: Path, tokenizer: Any) -> None:

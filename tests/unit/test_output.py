@@ -3,7 +3,14 @@ from pathlib import Path
 import pytest
 
 from qexport.errors import InputError, QexportError
-from qexport.output import atomic_folder, check_writable, mark, marker
+from qexport.output import (
+    atomic_folder,
+    check_writable,
+    mark,
+    marker,
+    resumable_folder,
+    strangers,
+)
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
@@ -81,3 +88,41 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:
     ):
         full.write(b"x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_others_wrote_is_told_apart(tmp_path: Path) -> None:
+    for name in ("ours", "theirs", "logs-of-mine", "checkpoint-notes"):
+        (tmp_path / name).write_text("x")
+    for name in ("logs", "checkpoint-12", ".blocks"):
+        (tmp_path / name).mkdir()
+    mark(tmp_path, "run", ("ours",))
+    assert strangers(tmp_path) == ["checkpoint-notes", "logs-of-mine", "theirs"]
+
+
+def test_a_kill_at_the_end_leaves_nothing_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is whole when it is renamed; what was worked with may stay, and is no matter."""
+    target = tmp_path / "out"
+
+    def write(content: str) -> None:
+        with resumable_folder(target, "packed", content) as folder:
+            (folder / "a").write_text(content)
+            mark(folder, "packed")
+
+    unlink = Path.unlink
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        if path.name == ".fingerprint":
+            raise SystemExit
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(SystemExit):
+        write("first")
+    monkeypatch.undo()
+    assert (target / "a").read_text() == "first"
+    write("second")
+    assert sorted(path.name for path in target.iterdir()) == ["a", "qexport.json"]
+    assert (target / "a").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -1,6 +1,7 @@
 """Every endpoint and field through OpenAI's client: sync, async, streams, tools, schemas."""
 
 import asyncio
+import contextlib
 import json
 from typing import Any
 
@@ -8,6 +9,8 @@ import httpx
 import openai
 import pytest
 
+from qexport.runtime.server.requests import Message
+from qexport.runtime.templates import TemplateWorker
 from tests.runtime.server.conftest import Server
 
 MODEL = "tiny-4bit"
@@ -203,7 +206,7 @@ def test_tools_that_have_to_be_called(client: openai.OpenAI, choice: Any) -> Non
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
-def test_results_of_tools_go_back(client: openai.OpenAI) -> None:
+def test_results_of_tools_go_back(client: openai.OpenAI, server: Server) -> None:
     call = {"name": "weather", "arguments": '{"city": "Rome"}'}
     conversation = [
         *MESSAGES,
@@ -217,6 +220,27 @@ def test_results_of_tools_go_back(client: openai.OpenAI) -> None:
     for choice in ("auto", "none"):
         made = chat(client, messages=conversation, tools=[WEATHER], tool_choice=choice)
         assert made.choices[0].message.content is not None
+    for wrong in ("sunny", "[1]", '{"city": '):
+        call["arguments"] = wrong
+        answer = server.post("/v1/chat/completions", {"model": MODEL, "messages": conversation})
+        assert answer.status_code == 400
+        assert "the arguments of a call of weather are no JSON object" in answer.text
+
+
+def test_calls_stand_in_the_prompt_as_templates_write_them() -> None:
+    """Qwen's and Llama's take arguments as an object, and write it as JSON."""
+    template = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}"
+        '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}'
+        "{% endfor %}{% endfor %}"
+    )
+    for given, written in (('{"city": "Rome"}', '{"city": "Rome"}'), ("", "{}")):
+        function = {"name": "weather", "arguments": given}
+        call = {"id": "call_1", "type": "function", "function": function}
+        message = Message.model_validate({"role": "assistant", "tool_calls": [call]})
+        with contextlib.closing(TemplateWorker()) as worker:
+            text = worker.render(template, [message.for_template()])
+        assert text == f'{{"name": "weather", "arguments": {written}}}'
 
 
 def test_responses(client: openai.OpenAI) -> None:
