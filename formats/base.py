@@ -27,7 +27,7 @@ class Options:
     bits         the width of codes in the file; None is the narrowest that is exact
     block        GGUF only: the block type; None is the narrowest that is exact
     embeddings   GGUF only: how dense matrices are stored: `exact`, `f16`, `q8_0` or `q6_k`
-    allow_lossy  scales may be rounded to what the layout stores
+    allow_lossy  scales, minima and embeddings may be rounded to what the layout stores
     """
 
     bits: int | None = None

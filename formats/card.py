@@ -35,6 +35,7 @@ model = AutoModelForCausalLM.from_pretrained(".")
 ```
 Or `qexport serve .`"""
 _NEEDS = {
+    "awq": "gptqmodel and accelerate",
     "compressed-tensors": "compressed-tensors, 0.18 or newer for 3 bits",
     "int-quantized": "compressed-tensors",
     "bitsandbytes": "bitsandbytes",

@@ -1,4 +1,4 @@
-"""The table of verdicts: every grid and group size against every format."""
+"""The table of verdicts: the usual grids and group sizes against every format."""
 
 from typing import Any
 

@@ -146,8 +146,8 @@ def portable(scale: Tensor) -> Tensor:
 def shared(scale: Tensor, block: SuperBlock) -> Tensor:
     """Round positive float32 scales [out, groups] to portable ones that super-blocks can hold.
 
-    A super-block's `d` is that of its largest scale's nearest factor of `most`; each scale becomes
-    the nearest multiple of it, but never nothing.
+    A super-block's `d` is its largest scale divided by `most`, rounded; each scale becomes the
+    nearest multiple of that, and at least one of it.
     """
     out, groups = scale.shape
     grouped = scale.view(out, -1, block.size // block.group_size)

@@ -72,8 +72,8 @@ class Gguf(Format):
         return bool(_files(path)) and not any(path.glob("*.safetensors"))
 
     def verdict(self, scheme: Scheme, shape: tuple[int, int], options: Options) -> Verdict:
-        tied = scheme.super_block is not None  # of whatever dtype, its scales are multiples
-        exact = tied or scheme.scale_dtype == torch.float16
+        blocked = scheme.super_block is not None  # of whatever dtype, its scales are multiples
+        exact = blocked or scheme.scale_dtype == torch.float16
         if not exact and not options.allow_lossy:
             return Verdict(
                 None,
@@ -87,7 +87,7 @@ class Gguf(Format):
             for grid in block.holds
             if options.block in (None, block.name)
             and options.bits in (None, block.width)
-            and (_shares(scheme, block) if tied else group % block.size == 0 and not grid.minima)
+            and (_shares(scheme, block) if blocked else group % block.size == 0 and not grid.minima)
             and scheme.grid.factor_into(grid)
         ]
         if not fitting and options.allow_lossy and options.block == "Q4_1":
@@ -95,7 +95,7 @@ class Gguf(Format):
         if not fitting:
             return Verdict(None, reason=_no_block(scheme, group, options))
         block, grid, bound = fitting[0]
-        dtype = scheme.scale_dtype if tied else torch.float16
+        dtype = scheme.scale_dtype if blocked else torch.float16
         holder = Scheme(grid, scheme.group_size, dtype, scheme.super_block)
         return Verdict(holder, block.name, None, block.bits_per_weight, bound)
 

@@ -56,7 +56,7 @@ def hparams(config: dict[str, Any]) -> dict[str, Value]:
     arch = family_of(config).arch
     _check_known(config)
     heads, hidden = _whole(config, "num_attention_heads"), _whole(config, "hidden_size")
-    head_dim = _whole(config, "head_dim", hidden // heads)
+    head_dim = _head_dim(config)
     values = {
         "context_length": Value("u32", _context(config)),
         "embedding_length": Value("u32", hidden),

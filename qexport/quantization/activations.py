@@ -242,7 +242,7 @@ def _end_of_mlp(
     return made
 
 
-# the last layers of a block's two parts, which alone their inputs are for
+# the last layer of each half of a block: nothing else reads its inputs
 _ENDS: dict[str, tuple[str, Callable[..., Any]]] = {
     "self_attn.o_proj": ("self_attn", _end_of_attention),
     "mlp.down_proj": ("mlp", _end_of_mlp),

@@ -211,8 +211,8 @@ def _rounded(
     simple = nearest(weight, scheme, seen, per_tensor=config.per_tensor)
     found = simple
     if inputs is not None:
-        tied = scheme.super_block is not None and scheme.scale_dtype == torch.float32
-        fixed = config.per_tensor or tied  # scales that are not refitted one by one
+        k_quant = scheme.super_block is not None and scheme.scale_dtype == torch.float32
+        fixed = config.per_tensor or k_quant  # scales that are not refitted one by one
         options = replace(config.gptq, refits=0) if fixed else config.gptq
         found = gptq(weight, inputs, simple.fit, scheme, options)
     hessian = torch.eye(weight.shape[1], device=weight.device) if seen is None else seen.hessian

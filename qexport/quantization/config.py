@@ -75,8 +75,8 @@ class QuantizeConfig:
     model, output     folders
     method            name in METHODS
     bits, sym         say the grid; `grid` names another one
-    target_bpw        bits per weight, scales and all, that widths of 2, 3, 4 and 8 are to come to,
-                      chosen by what they cost; `bits` is then of no layer
+    target_bpw        bits per weight, scales counted, that the model is to come to: each layer gets
+                      2, 3, 4 or 8 bits by what its rounding costs, and `bits` is not used
     target            name in TARGETS: a block of GGUF that is to hold the layers exactly, which
                       says their bits and groups, and how scales are tied
     group_size        inputs that share a scale; None is one per channel

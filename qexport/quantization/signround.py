@@ -46,7 +46,7 @@ def learn(
     """Better roundings of a block's layers, and the block's error before and after.
 
     What passes is what the blocks before make of the text, `targets` what the dense model's own
-    block makes of its own inputs. The block's weights are left as it would have them.
+    block makes of its own inputs. The block is left with the weights that were learned.
     """
     block, readers = passage.block, {}
     for name, rounding in roundings.items():

@@ -87,7 +87,7 @@ def load_moments(optimizer: Any, found: Iterable[tuple[Tensor, str, Any]], step:
 
 
 def _link(optimizer: Any) -> None:
-    """DeepSpeed notes where moments are once the first group of parameters has some, for all."""
+    """DeepSpeed links the moments of all groups once the first group has some; link them again."""
     while not hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         optimizer = optimizer.optimizer
     optimizer._hp_optimizer_states_linked = False

@@ -7,7 +7,8 @@ each architecture
     tiles     {"bits/span": {most tokens: Tile}}
     dense     the number of tokens from which weights are made dense and cuBLAS multiplies
 
-and the figures behind it are in benchmarks/results.
+and the figures behind it are in benchmarks/results. None has been measured yet: no such file is
+here, and every choice is the rules'.
 """
 
 import json

@@ -7,7 +7,7 @@ from qexport.source import open_source
 from qexport.tiny import write_tiny_model
 from tests.shard_writer import ShardWriter
 
-__all__ = ["write_world"]
+__all__ = ["write_paretoq", "write_world"]
 
 # wide enough for groups of 128 and for K-quants; every page begins with a copy of its own
 _SHAPE = {
@@ -47,14 +47,14 @@ def write_world(folder: Path) -> Path:
     mini = write_tiny_model(folder / "MiniCPM4-0.5B", **_SHAPE)
     config = json.loads((mini / "config.json").read_text())
     (mini / "config.json").write_text(json.dumps({**config, **_MINICPM}))
-    _paretoq(model, folder / "paretoq-2bit")
+    write_paretoq(model, folder / "paretoq-2bit")
     for name, shape in _LARGE.items():  # `plan` reads no more than this
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps({**_LLAMA, **shape}))
     return folder
 
 
-def _paretoq(model: Path, folder: Path) -> None:
+def write_paretoq(model: Path, folder: Path) -> None:
     """Latent bfloat16 weights and weight_clip_val, as facebookresearch/ParetoQ saves them."""
     source = open_source(model)
     assert source is not None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from benchmarks.decode import rounded
 from qexport.checkpoint import Checkpoint, Entry
@@ -183,3 +184,25 @@ def test_a_quantized_head_is_refused(tmp_path: Path) -> None:
     assert pack(run, FORMATS["native"], tmp_path / "out").exact
     result = vllm(tmp_path / "out", [[1, 2]], tmp_path / "run", enforce_eager=True)
     assert "lm_head is quantized" in result.stdout + result.stderr
+
+
+def test_a_file_that_is_not_whole_or_damaged_is_refused(tmp_path: Path) -> None:
+    """vLLM itself counts no tensors of a quantized layer, and would serve memory as it comes."""
+    model = write_tiny_model(tmp_path / "model")
+    source = rounded(open_checkpoint(model), "ternary", 32)
+    key = "model.layers.0.self_attn.k_proj"
+    for name, said in (
+        ("scales", "qkv_proj: the checkpoint lacks scales of its part 2"),
+        ("qweight", "qkv_proj holds code 3, and ternary has 3 levels"),
+    ):
+        out = tmp_path / name
+        assert pack(source, FORMATS["native"], out).exact
+        tensors = load_file(out / "model.safetensors")
+        if name == "scales":
+            del tensors[f"{key}.scales"]
+        else:
+            tensors[f"{key}.qweight"][0, 0] = 0xFF
+        save_file(tensors, out / "model.safetensors")
+        result = vllm(out, [[1, 2]], tmp_path / f"run-{name}", enforce_eager=True)
+        text = result.stdout + result.stderr
+        assert said in text, text[-3000:]

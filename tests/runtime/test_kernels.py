@@ -12,6 +12,7 @@ from qexport.grid import GRIDS, Grid, Scheme
 from qexport.runtime.kernels import KERNELS, choose
 from qexport.runtime.kernels.cpu import CpuKernel
 from qexport.runtime.kernels.cpu_library import library
+from qexport.runtime.kernels.humming import _exactly
 from qexport.runtime.kernels.memory import Arena
 from qexport.tensor import QuantizedTensor, portable
 
@@ -196,3 +197,11 @@ def test_weights_are_private_memory() -> None:
             assert permissions == "rw-p"
             return
     pytest.fail("the slab is not mapped")
+
+
+def test_humming_is_given_the_scales_as_they_are() -> None:
+    """In the activations' dtype, where that holds them; not rounded without a word."""
+    fine = torch.tensor([1.5, 0.25], dtype=torch.float16)
+    assert torch.equal(_exactly(fine, torch.bfloat16).float(), fine.float())
+    with pytest.raises(UnsupportedError, match="would round scales of float16 to bfloat16"):
+        _exactly(torch.tensor([1.001], dtype=torch.float16), torch.bfloat16)

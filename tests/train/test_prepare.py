@@ -1,6 +1,7 @@
 """What training computes with is what is written: parametrized values, and the RUN they become."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qexport.checkpoint import modules_to_json
@@ -24,6 +25,7 @@ from qexport.training import TrainConfig, train
 from qexport.training.prepare import prepare, run_tensors
 from tests.conftest import WIDTHS as BITS
 from tests.conftest import Runs
+from tests.docs.world import write_paretoq
 from tests.shard_writer import ShardWriter
 
 
@@ -283,3 +285,29 @@ def test_upstream_paretoq_checkpoint_is_a_finished_run(tiny_model: Path, tmp_pat
     (upstream / "config.json").write_text(json.dumps({**config, "w_bits": 7}))
     with pytest.raises(CheckpointError, match="w_bits 7"):
         open_checkpoint(upstream)
+
+
+@pytest.mark.parametrize("part", ["weight", "weight_clip_val"])
+def test_an_upstream_checkpoint_that_diverged_is_refused(
+    tiny_model: Path, tmp_path: Path, part: str
+) -> None:
+    """A NaN would become some code or other, and be packed exactly."""
+    folder = tmp_path / "theirs"
+    write_paretoq(tiny_model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"model.layers.0.mlp.up_proj.{part}"][0, 0] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    source = open_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=f"up_proj.{part} holds a NaN"):
+        source["model.layers.0.mlp.up_proj.weight"]
+    assert all(entry.stored_bytes for entry in source.entries.values())
+
+
+def test_a_run_on_a_grid_that_is_not_trained_is_damaged(runs: Runs, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(runs("4"), folder)
+    text = (folder / "config.json").read_text()
+    assert '"int4"' in text
+    (folder / "config.json").write_text(text.replace('"int4"', '"uint4"').replace('8.0', 'null'))
+    with pytest.raises(CheckpointError, match="uint4, which is not trained"):
+        open_checkpoint(folder)

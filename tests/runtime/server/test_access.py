@@ -346,3 +346,14 @@ def test_a_fault_of_ours_is_logged_as_one(
     log.close()
     line = json.loads(path.read_text())
     assert (line["status"], line["error"]) == (500, "internal error")
+
+
+def test_prompts_are_not_added_to_a_log_that_others_may_read(app_of: App, tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    for with_prompts, mode in ((False, 0o644), (True, 0o600)):
+        log = RequestLog(str(path), with_prompts)
+        with app_of(log=log) as client:
+            assert client.post("/v1/completions", json=BODY).status_code == 200
+        log.close()
+        assert path.stat().st_mode & 0o777 == mode
+    assert "ab" in path.read_text().splitlines()[-1]
