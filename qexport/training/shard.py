@@ -29,7 +29,9 @@ def load_sharded(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     mesh = init_device_mesh(device.type, (world_size(),))
-    policy = CPUOffloadPolicy() if config.offload else OffloadPolicy()
+    policy = OffloadPolicy()
+    if config.offload:
+        policy = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     model = meta_model(source)
     model.config.use_cache = False
     body = model.model

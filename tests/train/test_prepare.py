@@ -308,6 +308,6 @@ def test_a_run_on_a_grid_that_is_not_trained_is_damaged(runs: Runs, tmp_path: Pa
     shutil.copytree(runs("4"), folder)
     text = (folder / "config.json").read_text()
     assert '"int4"' in text
-    (folder / "config.json").write_text(text.replace('"int4"', '"uint4"').replace('8.0', 'null'))
+    (folder / "config.json").write_text(text.replace('"int4"', '"uint4"').replace("8.0", "null"))
     with pytest.raises(CheckpointError, match="uint4, which is not trained"):
         open_checkpoint(folder)
