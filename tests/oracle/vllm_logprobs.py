@@ -11,8 +11,7 @@ from pathlib import Path
 
 def main() -> None:
     """For every prompt (a list of token ids) its log-probabilities, and greedy tokens after it."""
-    # where a CPU has AMX, vLLM would round the inputs of 4-bit layers to int8
-    os.environ.update(HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_INT4_W4A8="0")
+    os.environ.update(HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1")
     from vllm import LLM, SamplingParams
 
     checkpoint, prompts, out, *count = sys.argv[1:]
