@@ -169,4 +169,5 @@ def _best_scales(weight: Tensor, units: Tensor, scales: Tensor, hessian: Tensor)
     solved, failed = torch.linalg.solve_ex(matrix, wanted.unsqueeze(-1))
     scale = solved.squeeze(-1)
     usable = scale.isfinite() & (scale > 0) & (failed == 0).unsqueeze(-1)
-    return torch.where(usable, scale, scales)
+    # a group whose codes do little is not rounded to nothing, from where no training leads back
+    return torch.where(usable, torch.maximum(scale, scales / 16), scales)

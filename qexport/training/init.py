@@ -90,4 +90,7 @@ def _set_scales(layer: nn.Module, source: Checkpoint, module: str) -> None:
     if not torch.equal(effective_scale(reader.alpha, reader.scheme), wanted) or not torch.equal(
         made, tensor.dequantize()
     ):
-        raise InputError(f"--init: {module} has a scale that training cannot hold.")
+        raise InputError(
+            f"--init: {module} has scales from {float(wanted.min()):g} on, which training cannot "
+            "hold; quantize it with more calibration text."
+        )
