@@ -6,7 +6,7 @@ from typing import Any
 
 from qexport.checkpoint import Checkpoint
 from qexport.experts import expert_of
-from qexport.formats.vllm_support import vllm_support
+from qexport.formats.vllm_support import unlike_parts, vllm_support
 from qexport.version import __version__
 
 __all__ = ["model_card"]
@@ -55,7 +55,7 @@ def model_card(source: Checkpoint, report: dict[str, Any]) -> str:
     run = "```\nqexport serve .\n```" if alone else _RUN.get(form)
     run = run or _TRANSFORMERS.format(needs=needs)
     stored = {verdict["stored"] for verdict in report["verdicts"]}
-    vllm = vllm_support(form, stored, experts=experts)
+    vllm = vllm_support(form, stored, experts=experts, unlike=unlike_parts(source))
     if vllm.devices:
         run = f"```\nvllm serve .\n```\n\n{run}"
     return f"""---

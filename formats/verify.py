@@ -149,6 +149,7 @@ def compare(
         report.modules = 1
         report.weights = mine.codes.numel()
         _compare_values(mine, theirs.float(), report)
+        report.offenders += [name] if report.differing_bits else []
         return report
     report.dense = 1
     if (

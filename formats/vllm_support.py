@@ -3,13 +3,20 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from qexport.checkpoint import Checkpoint
 from qexport.grid import GRIDS
 
-__all__ = ["VllmSupport", "vllm_support"]
+__all__ = ["VllmSupport", "unlike_parts", "vllm_support"]
 
 _BOTH = frozenset({"cpu", "cuda"})
 _GPU = frozenset({"cuda"})
 _NONE: frozenset[str] = frozenset()
+
+
+_FUSED = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("mlp.gate_proj", "mlp.up_proj"),
+)
 
 
 @dataclass(frozen=True)
@@ -24,13 +31,33 @@ class VllmSupport:
     sentence: str
 
 
-def vllm_support(form: str, stored: Iterable[str], *, experts: bool = False) -> VllmSupport:
+def unlike_parts(source: Checkpoint) -> str | None:
+    """The first layers that vLLM fuses into one and that are not all quantized alike, or None."""
+    modules = source.modules
+    for parts in _FUSED:
+        end = f"{parts[0]}.weight"
+        for block in (name.removesuffix(end) for name in source if name.endswith(end)):
+            there = [block + part for part in parts if f"{block}{part}.weight" in source]
+            if len({modules[name][0] if name in modules else None for name in there}) > 1:
+                return ", ".join(there)
+    return None
+
+
+def vllm_support(
+    form: str, stored: Iterable[str], *, experts: bool = False, unlike: str | None = None
+) -> VllmSupport:
     """For a folder of format `form` whose layers are held as grids named `stored`.
 
-    `experts`: whether experts are among its layers.
+    `experts`: whether experts are among its layers; `unlike`: what `unlike_parts` finds.
     """
     if experts and form != "gguf":
         return _experts(form)
+    if unlike is not None and form not in ("native", *_OTHERS):
+        return VllmSupport(
+            _NONE,
+            f"vLLM does not read it: it makes one layer of {unlike}, which have to be quantized "
+            "alike; --format native is for such a model.",
+        )
     grids = set(stored)
     if form in ("gptq", "gptq_v2"):
         return _gptq(form, grids)

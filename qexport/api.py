@@ -9,6 +9,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qexport.errors import InputError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -138,6 +140,10 @@ def generate(
                 top_p=top_p,
                 seed=seed,
             )
+    if not isinstance(prompt, (str, list)):
+        raise TypeError(f"a prompt is a text or a list of messages, and no {type(prompt).__name__}")
+    if prompt == []:
+        raise InputError("the conversation is empty; give a message.")
     tokens = model.encode(prompt) if isinstance(prompt, str) else model.encode_chat(prompt)
     count = model.room(tokens) if max_tokens is None else max_tokens
     sampling = Sampling(count, temperature, top_p, seed)

@@ -24,6 +24,7 @@ __all__ = [
     "locked",
     "mark",
     "marker",
+    "ours",
     "resumable_folder",
     "strangers",
     "write_json",
@@ -65,10 +66,15 @@ def marker(folder: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) and isinstance(value.get("kind"), str) else None
 
 
+def ours(folder: Path) -> list[str]:
+    """The names in a folder that its marker says are ours."""
+    known = (marker(folder) or {}).get("files")
+    return list(map(str, known)) if isinstance(known, list) else []
+
+
 def strangers(folder: Path) -> list[str]:
     """What stands in a folder of ours and was not written by us: never removed, nor replaced."""
-    known = (marker(folder) or {}).get("files")
-    names = set(known) if isinstance(known, list) else set()
+    names = {*ours(folder)}
     return sorted(
         path.name
         for path in folder.iterdir()

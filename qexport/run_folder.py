@@ -18,7 +18,7 @@ from qexport.checkpoint import (
     modules_to_json,
 )
 from qexport.errors import CheckpointError, InputError
-from qexport.output import check_writable, locked, mark, marker, strangers, write_json
+from qexport.output import check_writable, locked, mark, marker, ours, strangers, write_json
 from qexport.ranks import barrier, is_main
 from qexport.shards import Parts, plan_shards
 from qexport.source import open_source
@@ -194,7 +194,7 @@ def publish_run(run: Path, identity: dict[str, Any]) -> None:
     """
     staging = run / _STAGED
     files = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")
-    names = {path.name for path in files} | set((marker(run) or {}).get("files", ()))
+    names = {path.name for path in files} | set(ours(run))
     mark(run, "run", names, status="begun", settings=identity)
     for file in files:  # config.json, which makes it readable, comes last
         file.replace(run / file.name)

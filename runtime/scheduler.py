@@ -128,8 +128,9 @@ class Scheduler:
     def submit(self, sequence: Sequence) -> None:
         """Let a request wait. Raises InputError for one that can never run, QueueFullError."""
         self.check(sequence.prompt, sequence.sampling)
-        if len(self._waiting) >= self._queue:
-            raise QueueFullError(f"{self._queue} requests are waiting already; try again later.")
+        waiting = len(self._waiting) - len(self._free)  # those that a slot is free for do not wait
+        if waiting >= self._queue:
+            raise QueueFullError(f"{waiting} requests are waiting already; try again later.")
         self._waiting.append(sequence)
 
     def check(self, prompt: list[int], sampling: Sampling) -> None:

@@ -21,7 +21,7 @@ from qexport.checkpoint import Modules
 from qexport.errors import InputError, QexportError, UnsupportedError
 from qexport.experts import expert_of
 from qexport.formats import open_checkpoint
-from qexport.formats.vllm_support import vllm_support
+from qexport.formats.vllm_support import unlike_parts, vllm_support
 from qexport.runtime.child import NOT_YET, end_with_parent, open_local
 from qexport.runtime.kernels import choose
 from qexport.runtime.loader import resolve_dtype
@@ -111,7 +111,8 @@ def preflight(path: Path, dtype: str) -> list[str]:
         return _native_lines(checkpoint.modules, device, served)
     stored = sorted({scheme.grid.name for scheme, _ in checkpoint.modules.values()})
     experts = any(map(expert_of, checkpoint.modules))
-    vllm = vllm_support(checkpoint.layout, stored, experts=experts)
+    unlike = unlike_parts(checkpoint)
+    vllm = vllm_support(checkpoint.layout, stored, experts=experts, unlike=unlike)
     held = ", ".join(stored)
     if device.type not in vllm.devices:
         raise UnsupportedError(f"{path} is {checkpoint.layout} with {held}: {vllm.sentence}")

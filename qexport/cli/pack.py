@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from qexport.cli.common import Command, json_option, print_json, progress_console, size
+from qexport.errors import InputError
 
 _EPILOG = """\b
 Examples:
@@ -75,9 +76,13 @@ def command(
     from qexport.experts import expert_of
     from qexport.formats import Options, format_named, open_checkpoint
     from qexport.formats.pack import holdings, pack, plan
-    from qexport.formats.vllm_support import vllm_support
+    from qexport.formats.vllm_support import unlike_parts, vllm_support
 
     target = format_named(format)
+    if output.suffix == ".gguf":
+        raise InputError(
+            f"-o {output} is made a folder, and the file in it model.gguf; choose another name."
+        )
     options = Options(bits, block and block.upper(), embeddings, allow_lossy)
     source = open_checkpoint(run)
     if dry_run:
@@ -104,4 +109,5 @@ def command(
     click.echo(report.verification.describe())
     experts = any(map(expert_of, source.modules))
     stored = [verdict["stored"] for verdict in report.verdicts]
-    click.echo(vllm_support(format, stored, experts=experts).sentence)
+    unlike = unlike_parts(source)
+    click.echo(vllm_support(format, stored, experts=experts, unlike=unlike).sentence)

@@ -65,18 +65,34 @@ class _TrainCommand(Command):
 @click.option("--lr", type=float, help="Peak rate of weights.")
 @click.option("--scale-lr", type=float, help="Peak rate of scales.")
 @click.option("--distill", type=float, help="Share of the loss that is KL from the dense model.")
-@click.option("--temperature", type=float, help="Of both models in that divergence.")
-@click.option("--gradient", type=click.Choice(["paper", "stable"]), help="Of rounding.")
+@click.option(
+    "--temperature", type=float, help="Softmax temperature of teacher and student for --distill."
+)
+@click.option(
+    "--gradient",
+    type=click.Choice(["paper", "stable"]),
+    help="Slope of rounding: the identity, or StableQAT's.",
+)
 @click.option("--mix-steps", type=int, help="Pull weights to their codes every so many steps.")
 @click.option("--mix", type=float, help="Share of a weight that is kept then.")
 @click.option("--block-epochs", type=int, help="Passes of the block-wise start; 0 for none.")
-@click.option("--block-windows", type=int, help="Windows that it takes.")
-@click.option("--block-batch", type=int, help="Windows at a time.")
+@click.option("--block-windows", type=int, help="Windows of text for the block-wise start.")
+@click.option("--block-batch", type=int, help="Windows at a time in it.")
 @click.option("--block-compensated", type=int, help="Windows for GPTQ's rounding before it.")
 @click.option("--block-lr", type=float, help="Its peak rate of weights.")
 @click.option("--block-scale-lr", type=float, help="Its peak rate of scales.")
-@click.option("--phase", type=click.Choice(["all", "block", "end"]), default="all")
-@click.option("--teacher", type=click.Choice(["cached", "live"]), default="cached")
+@click.option(
+    "--phase",
+    type=click.Choice(["all", "block", "end"]),
+    default="all",
+    help="All, blocks alone, or end to end alone.",
+)
+@click.option(
+    "--teacher",
+    type=click.Choice(["cached", "live"]),
+    default="cached",
+    help="Ask the dense model once, or keep it in memory.",
+)
 @click.option("--teacher-top-k", default=64, show_default=True, help="Tokens it tells; 0 for all.")
 @click.option("--warmup", default=0.05, show_default=True, help="Share of steps that warm up.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1))
@@ -96,7 +112,12 @@ class _TrainCommand(Command):
     show_default=True,
     help="portable: values that fp16 and bf16 both hold, so that every format is exact.",
 )
-@click.option("--precision", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), default="auto")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "bf16", "fp16", "fp32"]),
+    default="auto",
+    help="Of products; masters are float32.",
+)
 @click.option(
     "--optimizer",
     type=click.Choice(["adamw", "adamw8bit"]),
@@ -114,14 +135,16 @@ class _TrainCommand(Command):
 @click.option(
     "--deepspeed", type=click.Path(path_type=Path), help="Or by ZeRO, with this configuration."
 )
-@click.option("--offload", is_flag=True, help="Keep its parts in their hosts' memory.")
+@click.option(
+    "--offload", is_flag=True, help="With --shard: keep parts in their hosts' memory between uses."
+)
 @click.option("--save-steps", default=200, show_default=True, help="Steps between checkpoints.")
 @click.option(
     "--log-steps",
     default=1,
     show_default=True,
     type=click.IntRange(min=1),
-    help="Steps between logged losses.",
+    help="Steps between losses in the report and in TensorBoard.",
 )
 @click.option("--resume/--no-resume", default=True, help="Go on from the output's checkpoint.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the RUN.")

@@ -167,7 +167,8 @@ def _carry_out(config: TrainConfig, job: _Job, run: Path, console: Console) -> d
         tensors = block_tensors(config, source, job.stored, run, parts)
     else:
         trainer = _trained(config, job, run, resumed, console)
-        results = _results(trainer, config, job.max_steps, job.text.held_out, job.precision)
+        apart = job.text.held_out
+        results = _results(trainer, config, job.max_steps, apart, job.precision, console)
         tensors = run_tensors(trainer.model, job.stored)
         files = {"trainer_state.json": asdict(trainer.state)}
     if is_main():
@@ -186,6 +187,7 @@ def _trained(
     config: TrainConfig, job: _Job, run: Path, resumed: Path | None, console: Console
 ) -> QatTrainer:
     """The steps end to end."""
+    console.print("loading the model and choosing its first scales")
     model = _load_model(config, job, run)
     report = ProgressReport(console, config.tokens_per_step)
     trainer = make_trainer(config, model, job.text, job.max_steps, job.precision, report)
@@ -260,6 +262,7 @@ def _results(
     max_steps: int,
     held_out: Windows | None,
     precision: str,
+    console: Console,
 ) -> dict[str, Any]:
     history = [row for row in trainer.state.log_history if "loss" in row]
     summary = [row for row in trainer.state.log_history if "train_loss" in row]
@@ -272,6 +275,7 @@ def _results(
         "train_runtime": round(seconds, 4) if summary else None,
     }
     if held_out is not None:
+        console.print(f"evaluating {held_out.tokens.numel():,} tokens of held-out text")
         device = trainer.args.device
         context = partial(autocast, precision, device)
         model = trainer.model.to(device)

@@ -128,8 +128,8 @@ class Service:
 
     def check_choices(self, prompts: int, body: GenerateRequest) -> None:
         """Raise FieldError for more answers than there may be, before any work is done."""
-        if prompts * body.choices > self.limits.choices:
-            most = self.limits.choices
+        most = min(self.limits.choices, self.limits.queue + self.generator.decoder.slots)
+        if prompts * body.choices > most:
             param = "prompt" if prompts > most else "n"
             text = f"{param}: a request has at most {most} answers, prompts times n."
             raise FieldError(text, param)

@@ -1,10 +1,14 @@
 """On which devices vLLM is said to read a folder, and that the sentence says the same."""
 
-import pytest
+from pathlib import Path
 
-from qexport.formats import FORMATS
-from qexport.formats.vllm_support import vllm_support
+import pytest
+from rich.console import Console
+
+from qexport.formats import FORMATS, open_checkpoint
+from qexport.formats.vllm_support import unlike_parts, vllm_support
 from qexport.grid import GRIDS
+from qexport.quantization import QuantizeConfig, quantize_model
 
 BOTH = {"cpu", "cuda"}
 
@@ -46,3 +50,18 @@ def test_the_sentence_says_the_same(form: str, experts: bool) -> None:
 def test_experts() -> None:
     assert not vllm_support("native", ["int4"], experts=True).devices
     assert "not tried" in vllm_support("gptq", ["int4"], experts=True).sentence
+
+
+def test_layers_that_vllm_fuses_have_to_be_alike(tiny_model: Path, tmp_path: Path) -> None:
+    """It refuses others, and says so after loading for a while."""
+    for excluded, apart in (("v_proj", True), ("down_proj", False)):
+        config = QuantizeConfig(
+            tiny_model, tmp_path / excluded, "rtn", "4", group_size=32, exclude=(f"*.{excluded}",)
+        )
+        quantize_model(config, Console(quiet=True))
+        source = open_checkpoint(config.output)
+        unlike = unlike_parts(source)
+        assert (unlike is not None and "k_proj, model.layers.0.self_attn.v_proj" in unlike) == apart
+        for form in ("gptq", "awq", "compressed-tensors"):
+            assert bool(vllm_support(form, ["int4"], unlike=unlike).devices) != apart
+        assert vllm_support("native", ["int4"], unlike=unlike).devices

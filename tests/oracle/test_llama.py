@@ -15,13 +15,14 @@ from qexport.data import documents
 from qexport.formats import FORMATS, Options, open_checkpoint
 from qexport.formats.pack import pack
 from qexport.modelling import load_tokenizer
+from qexport.quantization import QuantizeConfig, quantize_model
 from qexport.runtime.loader import load_model
 from qexport.tensor import QuantizedTensor
 from qexport.tiny import write_tiny_model
 from qexport.training import TrainConfig, train
 from tests.oracle.install import FOLDER
 from tests.oracle.marks import REAL_MODELS
-from tests.oracle.models import rounded, smollm2, trained
+from tests.oracle.models import rounded, smollm2
 
 pytestmark = REAL_MODELS
 SCRIPT = Path(__file__).parent / "llama_scores.py"
@@ -76,7 +77,19 @@ def test_smollm2_int4_in_llama_cpp(four_bits: Checkpoint, tmp_path: Path) -> Non
 
 
 def test_smollm2_seq2_in_llama_cpp(tmp_path: Path) -> None:
-    in_llama_cpp(trained(tmp_path / "run", "2", 20, 192), "Q4_0", tmp_path)
+    """SEQ's grid by GPTQ: after a few steps of training alone, words are about as likely."""
+    config = QuantizeConfig(
+        smollm2(),
+        tmp_path / "run",
+        "gptq",
+        "2",
+        group_size=64,
+        calibration="builtin",
+        samples=16,
+        length=256,
+    )
+    quantize_model(config, Console(quiet=True))
+    in_llama_cpp(open_checkpoint(config.output), "Q4_0", tmp_path)
 
 
 def test_smollm2_int8_in_llama_cpp(tmp_path: Path) -> None:
