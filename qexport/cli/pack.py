@@ -77,6 +77,7 @@ def command(
     from qexport.formats import Options, format_named, open_checkpoint
     from qexport.formats.pack import holdings, pack, plan
     from qexport.formats.vllm_support import unlike_parts, vllm_support
+    from qexport.output import check_writable
 
     target = format_named(format)
     if output.suffix == ".gguf":
@@ -94,6 +95,7 @@ def command(
         else:
             click.echo("\n".join(held))
         return
+    check_writable(output, "packed")
     replaced = f", in place of what {output} holds" if output.exists() else ""
     progress_console().print(f"packing {run} as {format}{replaced}", highlight=False)
     report = pack(source, target, output, options)

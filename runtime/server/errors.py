@@ -1,6 +1,7 @@
 """Errors in OpenAI's form, on every route."""
 
 import http
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -57,7 +58,7 @@ def install_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
+        first = _nearest(error.errors())
         where = _path(first["loc"])
         message = str(first["msg"]).removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
@@ -82,7 +83,7 @@ def install_errors(app: FastAPI) -> None:
 
     @app.exception_handler(ValidationError)
     async def inner(_: Request, error: ValidationError) -> JSONResponse:
-        first = error.errors()[0]
+        first = _nearest(error.errors())
         where = _path(first["loc"])
         text = f"{'.'.join(where)}: {first['msg']}."
         return JSONResponse(error_body(text, param=where[0] if where else None), 400)
@@ -116,6 +117,14 @@ def answer_of(error: QexportError) -> JSONResponse:
         code = "context_length_exceeded" if isinstance(error, ContextError) else None
         return JSONResponse(error_body(text, param=param, code=code), 400)
     return JSONResponse(error_body(text, "server_error"), 500)
+
+
+def _nearest(errors: Sequence[Any]) -> Any:
+    """The first error, or one of what it is about that says more exactly where: of a content that
+    is a list of parts pydantic tells first that it is no text."""
+    place = _path(errors[0]["loc"])
+    about = [error for error in errors if _path(error["loc"])[: len(place)] == place]
+    return max(about, key=lambda error: len(_path(error["loc"])))
 
 
 def _path(location: tuple[Any, ...]) -> list[str]:

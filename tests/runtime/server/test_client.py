@@ -227,6 +227,17 @@ def test_results_of_tools_go_back(client: openai.OpenAI, server: Server) -> None
         assert "the arguments of a call of weather are no JSON object" in answer.text
 
 
+def test_what_is_wrong_with_a_part_is_told_where_it_is(server: Server) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}]
+    body = {"model": MODEL, "messages": [{"role": "user", "content": parts}]}
+    answer = server.post("/v1/chat/completions", body)
+    assert answer.status_code == 400
+    assert "messages.0.content.1.type: Input should be 'text'" in answer.json()["error"]["message"]
+    body["messages"] = [{"role": "user", "content": 5}]
+    answer = server.post("/v1/chat/completions", body)
+    assert answer.json()["error"]["message"].startswith("messages.0.content: Input should be")
+
+
 def test_calls_stand_in_the_prompt_as_templates_write_them() -> None:
     """Qwen's and Llama's take arguments as an object, and write it as JSON."""
     template = (
