@@ -104,7 +104,8 @@ class Machine(RuleBasedStateMachine):
             assert not prompt or len(prompt) + most > 48
             return
         except QueueFullError:
-            assert self.scheduler.waiting == self.queue
+            slots = len(self.scheduler._free)  # those that wait for one of these do not count
+            assert self.scheduler.waiting == self.queue + slots
             return
         self.open.append(sequence)
         self.pieces[sequence] = pieces

@@ -187,7 +187,7 @@ def test_what_nobody_reads_does_not_pile_up(endless: Path) -> None:
             connection.connect(("127.0.0.1", server.port))
             connection.sendall(request("/v1/completions", {**LONG, "model": server.model}))
             connection.recv(10)
-            idle(server, 120)
+            idle(server, 300)
             connection.settimeout(20)
             found = connection.recv(1 << 16)
             while b"[DONE]" not in found[-100:]:
