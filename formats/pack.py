@@ -26,12 +26,12 @@ from qexport.formats.card import model_card
 from qexport.formats.registry import FORMATS, open_checkpoint
 from qexport.formats.verify import Verification, compare, compare_rest
 from qexport.grid import Scheme
-from qexport.output import mark, resumable_folder, write_json
+from qexport.output import check_writable, mark, resumable_folder, write_json
 from qexport.stream import FileWriter, as_bytes
 from qexport.tensor import QuantizedTensor
 from qexport.version import __version__
 
-__all__ = ["PackReport", "holdings", "pack", "plan"]
+__all__ = ["PackReport", "check_output", "holdings", "pack", "plan"]
 
 Stored = Tensor | QuantizedTensor
 _SYNC_BYTES = 1 << 28  # at most so much is written again after a kill
@@ -84,6 +84,13 @@ def plan(source: Checkpoint, form: Format, options: Options | None = None) -> di
     return verdicts
 
 
+def check_output(source: Checkpoint, out: Path) -> None:
+    """Raise InputError where nothing can be packed to the folder `out`."""
+    if source.folder.resolve().is_relative_to(out.resolve()):
+        raise InputError(f"{out} is or holds the run itself; choose another -o.")
+    check_writable(out, "packed")
+
+
 def pack(source: Checkpoint, form: Format, out: Path, options: Options | None = None) -> PackReport:
     """Write `source` to the folder `out` in a layout, and prove what was written.
 
@@ -93,8 +100,7 @@ def pack(source: Checkpoint, form: Format, out: Path, options: Options | None = 
     """
     options = options or Options()
     verdicts = plan(source, form, options)
-    if source.folder.resolve().is_relative_to(out.resolve()):
-        raise InputError(f"{out} is or holds the run itself; choose another -o.")
+    check_output(source, out)
     layout = form.layout(source, verdicts, options)
     with resumable_folder(out, "packed", _fingerprint(source, form, options, layout)) as folder:
         for name, content in layout.json.items():

@@ -75,9 +75,8 @@ def command(
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from qexport.experts import expert_of
     from qexport.formats import Options, format_named, open_checkpoint
-    from qexport.formats.pack import holdings, pack, plan
+    from qexport.formats.pack import check_output, holdings, pack, plan
     from qexport.formats.vllm_support import unlike_parts, vllm_support
-    from qexport.output import check_writable
 
     target = format_named(format)
     if output.suffix == ".gguf":
@@ -95,7 +94,7 @@ def command(
         else:
             click.echo("\n".join(held))
         return
-    check_writable(output, "packed")
+    check_output(source, output)
     replaced = f", in place of what {output} holds" if output.exists() else ""
     progress_console().print(f"packing {run} as {format}{replaced}", highlight=False)
     report = pack(source, target, output, options)
