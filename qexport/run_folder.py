@@ -171,7 +171,9 @@ def stage_run(
         write_json(staging / name, content)
     source.copy_files(staging)
     evaluation = {key: value for key, value in results.items() if key.startswith("eval_")}
-    written = {"all_results.json": results, "eval_results.json": evaluation, **files}
+    written = {"all_results.json": results, **files}
+    if evaluation:
+        written["eval_results.json"] = evaluation
     for name, content in written.items():
         write_json(staging / name, content)
     quantization = {

@@ -110,6 +110,10 @@ class Engine:
     def waiting(self) -> int:
         return self._scheduler.waiting
 
+    def check_room(self) -> None:
+        """Raise QueueFullError where no other request may wait."""
+        self._scheduler.check_room()
+
     @property
     def ended(self) -> Exception | None:
         """Why nothing runs any more, if so."""

@@ -128,10 +128,14 @@ class Scheduler:
     def submit(self, sequence: Sequence) -> None:
         """Let a request wait. Raises InputError for one that can never run, QueueFullError."""
         self.check(sequence.prompt, sequence.sampling)
+        self.check_room()
+        self._waiting.append(sequence)
+
+    def check_room(self) -> None:
+        """Raise QueueFullError where no other request may wait."""
         waiting = len(self._waiting) - len(self._free)  # those that a slot is free for do not wait
         if waiting >= self._queue:
             raise QueueFullError(f"{waiting} requests are waiting already; try again later.")
-        self._waiting.append(sequence)
 
     def check(self, prompt: list[int], sampling: Sampling) -> None:
         """Raise InputError for a request that can never run."""

@@ -8,7 +8,6 @@ from functools import partial
 from qexport.errors import InputError, QexportError
 from qexport.runtime.constraint import Grammar, Grammars
 from qexport.runtime.generator import Generator
-from qexport.runtime.scheduler import QueueFullError
 from qexport.runtime.server.answers import Answers, Job
 from qexport.runtime.server.errors import FieldError, NoSuchModelError, UnavailableError
 from qexport.runtime.server.lanes import Lane
@@ -51,8 +50,7 @@ class Service:
         engine = self.generator.engine
         if engine.ended is not None:
             raise UnavailableError(str(engine.ended))
-        if engine.waiting >= self.limits.queue:
-            raise QueueFullError(f"{engine.waiting} requests are waiting already; try again later.")
+        engine.check_room()
 
     @property
     def trouble(self) -> str | None:

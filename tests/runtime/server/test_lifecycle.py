@@ -145,7 +145,7 @@ def test_health_tells_a_stall_and_a_crash(tiny_model: Path) -> None:
             assert client.get("/ready").status_code == 503
             decoder.stall.set()
             asker.join()
-            until(lambda: client.get("/health").status_code == 200)  # the step ends after its answer
+            until(lambda: client.get("/health").status_code == 200)  # its answer came first
             decoder.crash = True
             for _ in range(2):  # the one that it crashes over, and one that comes after
                 answer = client.post("/v1/completions", json=body)
