@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from qexport.blocks import Blocks, Stream
 from qexport.checkpoint import Checkpoint
 from qexport.run_folder import BLOCKS, held_out_results
-from qexport.training.block import parts, prepared_block
+from qexport.training.block import prepared_block
 from qexport.training.config import TrainConfig
-from qexport.training.held_out import summed_loss
+from qexport.training.held_out import batches, summed_loss
 from qexport.training.prepare import run_tensors
 from qexport.training.text import Windows
 
@@ -56,22 +57,24 @@ def _held_out_loss(
     config: TrainConfig, blocks: Blocks, folder: Path, stored: torch.dtype, windows: Windows
 ) -> tuple[float, int]:
     """As `held_out_loss`, of trained blocks."""
-    count, tokens = len(windows), windows.tokens
-    shape = (count, tokens.shape[1], blocks.width)
+    tokens = windows.tokens
+    every = batches(windows, config.batch_size)
+    shape = (*tokens.shape, blocks.width)
     path = folder / "held-out.bin"
     hidden = Stream(path, shape, torch.float32)
-    for rows in parts(count, config.batch_size):
+    for rows in every:
         hidden.write(rows, blocks.embed(tokens[rows]))
     blocks.forget_embeddings()
     total = torch.zeros(2, dtype=torch.float64)
     for index, block in _trained_blocks(config, blocks, folder, stored):
         device = next(block.parameters()).device
-        for rows in parts(count, config.batch_size):
-            given = hidden.read(rows, device)
-            if index < len(blocks) - 1:
-                hidden.write(rows, blocks.run(index, block, given))
-                continue
-            total += summed_loss(blocks.logits(block, given), windows.labels(rows)).cpu()
+        with parametrize.cached():  # quantized once
+            for rows in every:
+                given = hidden.read(rows, device)
+                if index < len(blocks) - 1:
+                    hidden.write(rows, blocks.run(index, block, given))
+                    continue
+                total += summed_loss(blocks.logits(block, given), windows.labels(rows)).cpu()
     path.unlink()
     loss, targets = total.tolist()
     return loss / max(targets, 1), int(targets)

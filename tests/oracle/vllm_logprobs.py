@@ -12,6 +12,7 @@ from pathlib import Path
 def main() -> None:
     """For every prompt (a list of token ids) its log-probabilities, and greedy tokens after it."""
     os.environ.update(HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # vLLM is imported once, not three times
     from vllm import LLM, SamplingParams
 
     checkpoint, prompts, out, *count = sys.argv[1:]

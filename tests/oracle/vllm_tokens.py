@@ -20,6 +20,8 @@ def main() -> None:
     chosen = json.loads(options[0]) if options else {}
     if chosen.get("tensor_parallel_size", 1) > 1:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"  # else each rank wants a NUMA node
+    else:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # vLLM is imported once, not three times
     model = LLM(checkpoint, **{"dtype": "float32", "max_model_len": 256, **chosen})
     inputs = [{"prompt_token_ids": ids} for ids in json.loads(Path(prompts).read_text())]
     sampling = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
