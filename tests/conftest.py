@@ -93,9 +93,9 @@ class Cli:
         cwd: Path | None = None,
         stdin: str | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """With an environment of its own, which libraries read as they are imported, from anew."""
-        if env is None:
-            return call(list(map(str, arguments)), cwd, stdin)
+        """From anew where `env` has what libraries read as they are imported."""
+        if all(name.startswith("QEXPORT_") for name in env or {}):
+            return call(list(map(str, arguments)), cwd, stdin, env)
         return subprocess.run(
             [sys.executable, "-m", "qexport", *map(str, arguments)],
             input=stdin,
@@ -104,7 +104,7 @@ class Cli:
             timeout=300,
             check=False,
             cwd=cwd,
-            env={**os.environ, **env},
+            env={**os.environ, **(env or {})},
         )
 
 

@@ -83,13 +83,7 @@ def test_generate_and_chat(cli: Cli, runs: Runs) -> None:
     first = cli("generate", run, "-p", "The", "--max-tokens", 8)
     assert first.returncode == 0
     assert cli("generate", run, "-p", "The", "--max-tokens", 8).stdout == first.stdout
-    result = subprocess.run(
-        [sys.executable, "-m", "qexport", "chat", str(run), "--max-tokens", "4"],
-        input="hello\n\n",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = cli("chat", run, "--max-tokens", 4, stdin="hello\n\n")
     assert result.returncode == 0, result.stderr
 
 

@@ -1,10 +1,7 @@
 """`qexport data generate`: a model's own text, as much as asked for, whole after a kill."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import pytest
 from qexport.errors import InputError
 from qexport.output import growing_file
 from tests.conftest import Cli
+from tests.forked_cli import Started, call
 
 
 def test_so_many_tokens_of_text(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
@@ -39,19 +37,18 @@ def test_a_killed_one_goes_on(tiny_model: Path, tmp_path: Path) -> None:
     """Whole lines stay, a torn one goes, and the file appears when it is whole."""
     out = tmp_path / "text.jsonl"
     asked = ("--tokens", "20000", "--length", "64", "--batch", "4", "-o", str(out))
-    command = [sys.executable, "-m", "qexport", "data", "generate", str(tiny_model), *asked]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
+    command = ["data", "generate", str(tiny_model), *asked]
+    process = Started(command)
     while process.poll() is None and not any(
         part.stat().st_size > 8192 for part in tmp_path.glob(".text.jsonl.*.part")
     ):
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.said()
     assert process.returncode == -signal.SIGKILL and not out.exists()
     (part,) = tmp_path.glob(".*.part")
     kept = [line for line in part.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    subprocess.run(command, check=True, capture_output=True, env=environment)
+    assert call(command).returncode == 0
     lines = out.read_text().splitlines(keepends=True)
     assert lines[: len(kept)] == kept and not list(tmp_path.glob(".*.part"))
     assert sum(json.loads(line)["tokens"] for line in lines) >= 20000

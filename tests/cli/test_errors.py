@@ -8,12 +8,12 @@ import struct
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import Cli, Runs
+from tests.forked_cli import Started
 
 
 def listing(folder: Path) -> set[str]:
@@ -214,7 +214,7 @@ def test_what_qexport_did_not_write_is_not_removed(
     assert not (run / "report.html").exists()  # the training's own is gone with it
 
 
-def test_code_in_a_checkpoint_is_never_run(tiny_model: Path, place: Path) -> None:
+def test_code_in_a_checkpoint_is_never_run(cli: Cli, tiny_model: Path, place: Path) -> None:
     """Not even where someone answers yes: nobody is asked."""
     model = model_copy(tiny_model, place)
     proof = place / "proof"
@@ -230,14 +230,7 @@ def test_code_in_a_checkpoint_is_never_run(tiny_model: Path, place: Path) -> Non
         (model / name).write_text(json.dumps({**content, **extra}))
     train = ("train", "--data", "builtin", "--bits", "2", *map(str, TRAIN), "-o", "run")
     for command in (train, ("generate", "-p", "x", "--max-tokens", "1")):
-        result = subprocess.run(
-            [sys.executable, "-m", "qexport", command[0], "./model", *command[1:]],
-            cwd=place,
-            input="y\ny\ny\n",
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        result = cli(command[0], "./model", *command[1:], cwd=place, stdin="y\ny\ny\n")
         assert "Traceback" not in result.stderr
         assert not proof.exists()
 
@@ -303,26 +296,17 @@ def interrupted(
 ) -> tuple[int, str]:
     """A training that gets a signal once it has made what `begun` matches; its code and stderr."""
     arguments = ("--data", "builtin", "--bits", "2", "--max-steps", "100000", "--max-length", "32")
-    command = [sys.executable, "-m", "qexport", "train", str(tiny_model), *arguments, *options]
-    process = subprocess.Popen(
-        [*command, "-o", "run"],
-        cwd=place,
-        stderr=subprocess.PIPE,
-        text=True,
-        # a shell's background jobs, the tests among them, are told to ignore Ctrl-C
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
-    )
+    process = Started(["train", str(tiny_model), *arguments, *options, "-o", "run"], place)
     try:
         deadline = time.monotonic() + 60
         while not list(place.glob(begun)) and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(0.5)
         process.send_signal(kind)
-        _, stderr = process.communicate(timeout=60)
+        stderr = process.said(timeout=60)
     finally:
         process.kill()
-        process.wait()
-    return process.returncode, stderr
+    return process.wait(), stderr
 
 
 @pytest.mark.parametrize(
@@ -353,6 +337,7 @@ def test_a_signal_is_not_lost_in_a_callback(kind: signal.Signals, code: int) -> 
     script = f"""
 import signal, time, weakref
 from qexport.cli import interrupts
+from tests.forked_cli import Started
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 interrupts.install()
@@ -371,11 +356,7 @@ time.sleep(60)
 
 def test_two_trainers_do_not_share_a_folder(cli: Cli, tiny_model: Path, place: Path) -> None:
     arguments = ("--data", "builtin", "--bits", "2", "--max-length", "32", "--max-steps", "100000")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qexport", "train", str(tiny_model), *arguments, "-o", "run"],
-        cwd=place,
-        stderr=subprocess.DEVNULL,
-    )
+    process = Started(["train", str(tiny_model), *arguments, "-o", "run"], place)
     try:
         deadline = time.monotonic() + 60
         while not list(place.glob("run/logs/*")) and time.monotonic() < deadline:
@@ -385,7 +366,7 @@ def test_two_trainers_do_not_share_a_folder(cli: Cli, tiny_model: Path, place: P
         assert "another qexport is writing run" in one_sentence(result.stderr)
     finally:
         process.kill()
-        process.wait()
+        process.said()
 
 
 def test_config_files(cli: Cli, tiny_model: Path, place: Path) -> None:

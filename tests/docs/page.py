@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from tests.forked_cli import Started, script
 
 __all__ = ["Block", "Reader", "blocks"]
 
@@ -66,7 +69,7 @@ class Reader:
     def __init__(self, folder: Path, before: Path, qexport: Callable[..., Any]) -> None:
         self._folder, self._before, self._qexport = folder, before, qexport
         self._said = ""  # by the last command that failed as it should
-        self._servers: list[subprocess.Popen[str]] = []
+        self._servers: list[Started] = []
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = str(free.getsockname()[1])
@@ -76,9 +79,9 @@ class Reader:
 
     def __exit__(self, *_: object) -> None:
         for server in self._servers:
-            server.terminate()
+            server.send_signal(signal.SIGTERM)
         for server in self._servers:
-            server.communicate(timeout=60)
+            server.said(timeout=60)
 
     def take(self, block: Block) -> None:
         """Do what a block and the comment before it ask for. Raises AssertionError."""
@@ -113,7 +116,8 @@ class Reader:
         """The exit code of a block, and what it printed; of a list of commands the last one's."""
         code = block.code.replace("8000", self._port)
         if block.language == "python":
-            return self._process([sys.executable, "-W", "ignore::DeprecationWarning", "-c", code])
+            made = script(code, self._folder)
+            return made.returncode, made.stdout + made.stderr
         found = (0, "")
         for line in _commands(code):
             found = self._command(line)
@@ -145,13 +149,7 @@ class Reader:
     def _serve(self, words: list[str]) -> tuple[int, str]:
         """Start a server, and wait until it answers or ends."""
         port = () if "--port" in words else ("--port", self._port)
-        server = subprocess.Popen(
-            [sys.executable, "-m", "qexport", *words, *port],
-            cwd=self._folder,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        server = Started([*words, *port], self._folder)
         end = time.monotonic() + _SECONDS
         while time.monotonic() < end and server.poll() is None:
             try:
@@ -162,7 +160,8 @@ class Reader:
             self._servers.append(server)
             return 0, ""
         server.kill()
-        return server.wait() or 1, server.communicate()[1]
+        said = server.said()
+        return server.wait() or 1, said
 
 
 def _commands(code: str) -> Iterator[str]:

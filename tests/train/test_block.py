@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from qexport.formats.pack import pack
 from qexport.modelling import build_model
 from qexport.tiny import write_tiny_model
 from qexport.training import TrainConfig, train
+from tests.forked_cli import Started, call
 from tests.runtime.families import FAMILIES, make
 
 CPU = torch.device("cpu")
@@ -148,23 +148,23 @@ def test_a_kill_costs_one_block_at_most(tmp_path: Path) -> None:
         **{"--block-windows": "128", "-o": str(run)},
     }
     flat = [part for pair in options.items() for part in pair]
-    command = [sys.executable, "-m", "qexport", "train", str(model), *flat]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    command = ["train", str(model), *flat]
+    process = Started(command)
     progress = run / ".blocks" / "blocks.json"
     while process.poll() is None and not (
         progress.exists() and json.loads(progress.read_text())["done"] >= 2
     ):
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.said()
     assert process.returncode == -signal.SIGKILL, "it was too fast to be killed"
     done = json.loads(progress.read_text())["done"]
-    again = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    again = call(command)
+    assert again.returncode == 0
     assert f"block {done + 1}/6" in again.stderr and f"block {done}/6" not in again.stderr
     whole = tmp_path / "whole"
     command[-1] = str(whole)
-    subprocess.run(command, capture_output=True, env=environment, check=True)
+    assert call(command).returncode == 0
     first, second = open_checkpoint(run), open_checkpoint(whole)
     for name in first.modules:
         mine, theirs = (one.quantized(f"{name}.weight") for one in (first, second))

@@ -4,8 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from qexport.formats.verify import verify
 from qexport.tiny import write_tiny_model
 from qexport.training import TrainConfig, state, train
 from tests.conftest import Cli
+from tests.forked_cli import Started, call
 
 STEPS = 24
 
@@ -40,34 +39,25 @@ def command(model: Path, output: Path, *extra: str) -> list[str]:
         "--precision": "fp32",
     }
     flat = [part for pair in settings.items() for part in pair]
-    return [sys.executable, "-m", "qexport", "train", str(model), *flat, "-o", str(output), *extra]
-
-
-def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    return subprocess.run(
-        arguments, capture_output=True, text=True, check=False, timeout=300, env=environment
-    )
+    return ["train", str(model), *flat, "-o", str(output), *extra]
 
 
 def kill_after_a_checkpoint(arguments: list[str], output: Path, seed: int) -> bool:
     """Start, wait for a first checkpoint and a random moment more, and kill -9. False: too late."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
-    )
+    process = Started(arguments)
     had = set(output.glob("checkpoint-*"))
     while process.poll() is None and not set(output.glob("checkpoint-*")) - had:
         time.sleep(0.005)
     time.sleep(random.Random(seed).uniform(0, 0.2))
-    process.send_signal(signal.SIGKILL)
-    return process.wait() == -signal.SIGKILL
+    process.kill()
+    process.said()
+    return process.returncode == -signal.SIGKILL
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("whole") / "run"
-    result = run(command(tiny_model, output))
+    result = call(command(tiny_model, output))
     assert result.returncode == 0, result.stderr
     return output
 
@@ -109,7 +99,7 @@ def test_killed_and_resumed_is_bit_equal(
     arguments = command(tiny_model, output)
     assert kill_after_a_checkpoint(arguments, output, seed)
     kill_after_a_checkpoint(arguments, output, seed + 100)
-    result = run(arguments)
+    result = call(arguments)
     assert result.returncode == 0, result.stderr
     assert "resuming from checkpoint-" in result.stderr
 
@@ -136,14 +126,14 @@ def test_killed_and_resumed_is_bit_equal(
 
 def test_a_finished_run_is_not_trained_again(tiny_model: Path, uninterrupted: Path) -> None:
     before = (uninterrupted / "model.safetensors").stat().st_mtime_ns
-    result = run(command(tiny_model, uninterrupted))
+    result = call(command(tiny_model, uninterrupted))
     assert result.returncode == 0
     assert "is finished already" in result.stderr
     assert (uninterrupted / "model.safetensors").stat().st_mtime_ns == before
 
 
 def test_another_runs_folder_is_left_alone(tiny_model: Path, uninterrupted: Path) -> None:
-    result = run(command(tiny_model, uninterrupted, "--seed", "7"))
+    result = call(command(tiny_model, uninterrupted, "--seed", "7"))
     assert result.returncode == 2
     assert "holds another run (seed 0, now 7)" in result.stderr
 
@@ -185,7 +175,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     newest = max(found, key=state.step_of)
     weights = newest / "masters.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    result = run(arguments)
+    result = call(arguments)
     assert result.returncode == 0, result.stderr
     assert f"{newest.name} is damaged, and removed" in " ".join(result.stderr.split())
     assert verify(open_checkpoint(uninterrupted), open_checkpoint(output)).exact
@@ -223,11 +213,10 @@ def test_what_may_change_at_a_resume_does(tiny_model: Path, tmp_path: Path) -> N
     arguments = command(tiny_model, output)
     assert kill_after_a_checkpoint(arguments, output, 0)
     first = max(map(state.step_of, output.glob("checkpoint-*")))
-    process = subprocess.Popen(
-        [*arguments, "--save-steps", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = Started([*arguments, "--save-steps", "1"])
     seen: set[int] = set()
     while process.poll() is None:
         seen |= set(map(state.step_of, output.glob("checkpoint-*")))
-    assert process.returncode == 0
+    assert process.returncode == 0, process.said()
+    process.stderr.close()
     assert any(step % 3 for step in seen if step > first)

@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,15 +15,14 @@ from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.pack import pack
 from qexport.tiny import write_tiny_model
 from tests.conftest import Runs
+from tests.forked_cli import Started
 
 
 class Server:
     """`qexport serve`, from its first line on stderr to its end."""
 
     def __init__(self, path: Path, *options: str, env: dict[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "qexport", "serve", str(path), "--port", "0", *options]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
-        assert self.process.stderr is not None
+        self.process = Started(["serve", str(path), "--port", "0", *options], env=env)
         line = self.process.stderr.readline()
         assert line.startswith("serving "), line
         _, self.model, _, self.url = line.split()
@@ -36,7 +33,6 @@ class Server:
         self._reader.start()
 
     def _read(self) -> None:
-        assert self.process.stderr is not None
         self.errors.extend(self.process.stderr)
 
     @property
@@ -58,7 +54,6 @@ class Server:
             self.process.send_signal(how)
         code = self.process.wait(timeout=60)
         self._reader.join(timeout=5)
-        assert self.process.stderr is not None
         self.process.stderr.close()
         return code
 
