@@ -43,7 +43,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def cache_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What qexport and torch's compiler keep is not taken from, nor left in, the user's folders."""
     os.environ["QEXPORT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
+    # all of xdist's workers compile for each other
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "compiled")
 
 
 @pytest.fixture(scope="session")

@@ -296,10 +296,12 @@ def interrupted(
 ) -> tuple[int, str]:
     """A training that gets a signal once it has made what `begun` matches; its code and stderr."""
     arguments = ("--data", "builtin", "--bits", "2", "--max-steps", "100000", "--max-length", "32")
-    process = Started(["train", str(tiny_model), *arguments, *options, "-o", "run"], place)
+    command = ["train", str(tiny_model), *arguments, "--no-compile", *options, "-o", "run"]
+    process = Started(command, place)
     try:
         deadline = time.monotonic() + 60
-        while not list(place.glob(begun)) and time.monotonic() < deadline:
+        while not list(place.glob(begun)):
+            assert time.monotonic() < deadline
             time.sleep(0.05)
         time.sleep(0.5)
         process.send_signal(kind)
@@ -356,10 +358,12 @@ time.sleep(60)
 
 def test_two_trainers_do_not_share_a_folder(cli: Cli, tiny_model: Path, place: Path) -> None:
     arguments = ("--data", "builtin", "--bits", "2", "--max-length", "32", "--max-steps", "100000")
+    arguments += ("--no-compile",)
     process = Started(["train", str(tiny_model), *arguments, "-o", "run"], place)
     try:
         deadline = time.monotonic() + 60
-        while not list(place.glob("run/logs/*")) and time.monotonic() < deadline:
+        while not (place / "run" / ".lock").exists():
+            assert time.monotonic() < deadline
             time.sleep(0.05)
         result = cli("train", tiny_model, *arguments, "-o", "run", cwd=place)
         assert result.returncode == 2

@@ -44,6 +44,7 @@ def trained(run: Path, bits: str, steps: int, max_length: int = 256) -> Checkpoi
         max_length=max_length,
         batch_size=1,
         lr=1e-4,
+        compile=False,
     )
     train(settings, Console(quiet=True))
     return open_checkpoint(run)
