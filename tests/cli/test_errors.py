@@ -358,8 +358,7 @@ time.sleep(60)
 
 def test_two_trainers_do_not_share_a_folder(cli: Cli, tiny_model: Path, place: Path) -> None:
     arguments = ("--data", "builtin", "--bits", "2", "--max-length", "32", "--max-steps", "100000")
-    arguments += ("--no-compile",)
-    process = Started(["train", str(tiny_model), *arguments, "-o", "run"], place)
+    process = Started(["train", str(tiny_model), *arguments, "--no-compile", "-o", "run"], place)
     try:
         deadline = time.monotonic() + 60
         while not (place / "run" / ".lock").exists():
