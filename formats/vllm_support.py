@@ -69,9 +69,12 @@ def vllm_support(
         return VllmSupport(
             _BOTH, "vLLM reads it on NVIDIA GPUs, and on CPUs with qexport installed beside it."
         )
-    return _OTHERS.get(form, VllmSupport(_BOTH, "vLLM reads it."))
+    if form in ("awq", "compressed-tensors", "int-quantized"):
+        return VllmSupport(_BOTH, "vLLM reads it.")
+    return _OTHERS.get(form, _UNKNOWN)
 
 
+_UNKNOWN = VllmSupport(_NONE, "qexport reads it. vLLM does not read it, as far as is known.")
 _OTHERS = {
     "native": VllmSupport(_BOTH, "vLLM reads it where qexport is installed beside it."),
     "humming": VllmSupport(_GPU, "vLLM reads it on NVIDIA GPUs, with the package humming-kernels."),

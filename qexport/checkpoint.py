@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qexport.errors import CheckpointError, InputError
 from qexport.grid import Grid, Scheme, dtype_name
+from qexport.output import marker
 from qexport.shards import ShardReader
 from qexport.tensor import QuantizedTensor
 
@@ -173,7 +174,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        if (folder / "qexport.json").exists():
+        if (marker(folder) or {}).get("status") == "begun":
             raise CheckpointError(
                 f"{folder} holds a run that is not finished; give the command that began it again."
             ) from None

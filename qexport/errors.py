@@ -61,4 +61,6 @@ class UnsupportedError(QexportError):
 
 def first_line(error: Exception) -> str:
     """What another library's error says first, short enough for a sentence of ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first, *rest = lines or [type(error).__name__]
+    return " ".join((first, *rest[:1]) if first.endswith(":") else (first,))[:200].rstrip(",")

@@ -31,6 +31,9 @@ __all__ = ["VllmOptions", "preflight", "run_vllm", "vllm_command", "vllm_version
 _KEPT_LINES = 300
 _GRACE_SECONDS = 30.0  # from a signal to the end, before the child is killed
 _NATIVE = "native"
+# on CPUs with AMX vLLM's kernel for 4 bits would round activations to int8, and loads no layer per
+# channel whose inputs 128 does not divide
+_EXACT = {"VLLM_CPU_INT4_W4A8": "0"}
 
 # what vLLM says at its end: what it means, and what to do
 _FAILURES = (
@@ -155,7 +158,7 @@ def run_vllm(command: list[str], key: str | None, url: str, ready: Callable[[], 
 
     Raises QexportError, with the reason if it is a known one, where it ends by itself.
     """
-    environment = {**os.environ, **({"VLLM_API_KEY": key} if key else {})}
+    environment = {**_EXACT, **os.environ, **({"VLLM_API_KEY": key} if key else {})}
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

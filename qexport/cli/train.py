@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from qexport.cli.common import Command, json_option, print_json, progress_console, size
 from qexport.cli.familiar import translated
@@ -158,8 +159,9 @@ def command(model: str | None, smoke: bool, dry_run: bool, as_json: bool, **opti
     in any format.
     """
     if smoke:
-        if model or options["output"]:
-            raise click.UsageError("--smoke has a model and a folder of its own; leave them out.")
+        source = click.get_current_context().get_parameter_source
+        if model or any(source(name) == ParameterSource.COMMANDLINE for name in options):
+            raise click.UsageError("--smoke has a model and options of its own; leave yours out.")
         _smoke(as_json)
         return
     required = {"MODEL": model, **{f"--{name}": options[name] for name in _REQUIRED}}

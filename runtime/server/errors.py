@@ -63,8 +63,10 @@ def install_errors(app: FastAPI) -> None:
         message = str(first["msg"]).removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             message = "this field is unknown, or not served here"
-        if not where and "json" not in request.headers.get("content-type", ""):
-            message = "the body is not read as JSON; send content-type: application/json"
+        if not where and first["type"] in ("missing", "model_attributes_type"):
+            message = "the body is no JSON object"
+            if "json" not in request.headers.get("content-type", ""):
+                message = "the body is not read as JSON; send content-type: application/json"
         if first["type"] == "json_invalid":
             where, message = [], f"the body is not JSON ({first['ctx']['error']})"
         text = f"{'.'.join(where)}: {message}." if where else f"{message}."

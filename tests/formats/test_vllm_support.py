@@ -30,6 +30,7 @@ BOTH = {"cpu", "cuda"}
         ("humming", ["int3"], {"cuda"}),
         ("bitsandbytes", ["nf4"], set()),
         ("gguf", ["int4"], set()),
+        ("somebody's", ["int4"], set()),
     ],
 )
 def test_devices(form: str, stored: list[str], devices: set[str]) -> None:

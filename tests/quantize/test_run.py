@@ -19,6 +19,7 @@ from qexport.errors import CheckpointError, DataError, InputError, QexportError
 from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.base import Options
 from qexport.formats.pack import pack
+from qexport.output import mark
 from qexport.quantization import GptqOptions, QuantizeConfig, quantize_model
 from qexport.quantization.calibration import _batches
 from qexport.quantization.config import METHODS
@@ -343,8 +344,11 @@ def test_a_book_is_tokenized_in_pieces() -> None:
 
 
 def test_an_unfinished_run_is_called_so(tmp_path: Path) -> None:
-    (tmp_path / "qexport.json").write_text("{}")
+    mark(tmp_path, "run", status="begun")
     with pytest.raises(CheckpointError, match="a run that is not finished"):
+        open_checkpoint(tmp_path)
+    mark(tmp_path, "run", status="finished")
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
         open_checkpoint(tmp_path)
 
 

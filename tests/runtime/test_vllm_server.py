@@ -75,3 +75,16 @@ def test_an_end_is_explained_in_a_sentence(code: str, said: str) -> None:
     with pytest.raises(QexportError) as caught:
         run_vllm([sys.executable, "-c", code], None, "http://127.0.0.1:9", lambda: None)
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("theirs", "given"), [(None, "0"), ("1", "1")])
+def test_activations_are_not_rounded_unless_asked(
+    monkeypatch: pytest.MonkeyPatch, theirs: str | None, given: str
+) -> None:
+    """vLLM's kernel of 4 bits for CPUs with AMX would round them to int8."""
+    monkeypatch.delenv("VLLM_CPU_INT4_W4A8", raising=False)
+    if theirs is not None:
+        monkeypatch.setenv("VLLM_CPU_INT4_W4A8", theirs)
+    code = "import os; raise ValueError('got ' + os.environ['VLLM_CPU_INT4_W4A8'])"
+    with pytest.raises(QexportError, match=f"got {given}"):
+        run_vllm([sys.executable, "-c", code], None, "http://127.0.0.1:9", lambda: None)
