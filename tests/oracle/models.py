@@ -70,17 +70,16 @@ def _round(source: Checkpoint, name: str, scheme: Scheme) -> QuantizedTensor:
     return quantize(weight, portable(groups.abs().amax(-1) / (middle - 1)), scheme)
 
 
-def dense_twin(source: Checkpoint, folder: Path) -> Path:
-    """The dequantized weights as an ordinary bfloat16 checkpoint."""
+def dense_twin(source: Checkpoint, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """The dequantized weights as an ordinary checkpoint; what is not quantized stays as it is."""
     folder.mkdir()
     writer = ShardWriter(folder)
     for name in source:
         tensor = source[name]
-        value: Tensor = (
-            tensor.dequantize(torch.bfloat16) if isinstance(tensor, QuantizedTensor) else tensor
-        )
+        value: Tensor = tensor.dequantize(dtype) if isinstance(tensor, QuantizedTensor) else tensor
         writer.add(name, value)
     writer.close()
     source.copy_files(folder)
-    write_json(folder / "config.json", source.config)
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    write_json(folder / "config.json", config)
     return folder

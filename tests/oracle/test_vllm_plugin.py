@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.decode import rounded
@@ -22,7 +23,7 @@ from qexport.tensor import QuantizedTensor, portable, quantize
 from qexport.tiny import write_tiny_model
 from tests.oracle.install import FOLDER
 from tests.oracle.marks import REAL_MODELS
-from tests.oracle.models import smollm2
+from tests.oracle.models import dense_twin, smollm2
 from tests.oracle.test_vllm import PLACES
 from tests.oracle.vllm_tokens import TOKENS
 
@@ -54,11 +55,12 @@ def tokens(checkpoint: Path, prompts: list[list[int]], scratch: Path, **engine: 
     return json.loads((scratch / "out.json").read_text())
 
 
-def reference(checkpoint: Path, prompts: list[list[int]]) -> list[list[int]]:
-    """Greedy tokens by our decoder in torch, with the reference kernel in float32."""
+def reference(checkpoint: Path, prompts: list[list[int]], scratch: Path) -> list[list[int]]:
+    """Greedy tokens by our decoder in torch, of the weights dequantized to float32."""
+    twin = dense_twin(open_checkpoint(checkpoint), scratch / "twin", torch.float32)
     serving = Serving(slots=len(prompts), context=256, kernel="reference", dtype="float32")
     sampling = Sampling(max_tokens=TOKENS, ignore_end=True)
-    with open_generator(checkpoint, serving) as generator:
+    with open_generator(twin, serving) as generator:
         answers = [generator.stream(ids, sampling) for ids in prompts]
         return [[p.token for p in answer if p.token is not None] for answer in answers]
 
@@ -86,7 +88,7 @@ def test_smollm2_is_served_as_it_was_packed(
     assert pack(
         rounded(open_checkpoint(smollm2()), grid, 64), FORMATS["native"], tmp_path / "out"
     ).exact
-    want = reference(tmp_path / "out", questions)
+    want = reference(tmp_path / "out", questions, tmp_path)
     assert tokens(tmp_path / "out", questions, tmp_path / "eager", enforce_eager=True) == want
     if grid == "seq2":
         assert tokens(tmp_path / "out", questions, tmp_path / "compiled") == want
@@ -102,7 +104,7 @@ def test_compressed_tensors_that_vllm_has_no_kernel_for(
     """2 and 3 bits on a CPU: by our kernel, the same tokens as our reference."""
     source = rounded(open_checkpoint(smollm2()), grid, 64)
     assert pack(source, FORMATS["compressed-tensors"], tmp_path / "out").exact
-    want = reference(tmp_path / "out", questions)
+    want = reference(tmp_path / "out", questions, tmp_path)
     assert tokens(tmp_path / "out", questions, tmp_path / "ours", enforce_eager=True) == want
     result = vllm(tmp_path / "out", questions, tmp_path / "stock", plugins="none")
     assert not (tmp_path / "stock" / "out.json").exists()
@@ -150,7 +152,7 @@ def test_mixed_widths_and_two_ranks(tmp_path: Path, ranks: int) -> None:
     )
     assert pack(mixed(model), FORMATS["native"], tmp_path / "out").exact
     prompts = [[5, 6, 7, 8], list(range(20, 80)), [100]]
-    want = reference(tmp_path / "out", prompts)
+    want = reference(tmp_path / "out", prompts, tmp_path)
     engine: dict[str, Any] = {"enforce_eager": True, "tensor_parallel_size": ranks}
     assert tokens(tmp_path / "out", prompts, tmp_path / "run", **engine) == want
 
