@@ -109,14 +109,14 @@ from qexport import ranks
 
 class Kept:
     def __del__(self):
-        print("finalized")
+        print(" finalized ", end="")
 
 kept = Kept()
-atexit.register(print, "atexit")
+atexit.register(print, " atexit ", end="")
 ranks.join()
-print("before")
+print(" before ", end="")
 ranks.leave()
-print("after")
+print(" after ", end="")
 """
 
 
@@ -138,7 +138,9 @@ def test_of_several_processes_none_takes_python_down(
         env=ENVIRONMENT,
     )
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.split()) == sorted(processes * said)  # lines of two may mix
+    assert sorted(done.stdout.split()) == sorted(
+        processes * said
+    )  # a print is one write; those of two mix
 
 
 def deepspeed() -> tuple[list[str], dict[str, str]]:
