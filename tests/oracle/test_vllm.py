@@ -15,7 +15,7 @@ from qexport.data import documents
 from qexport.formats import FORMATS, Options, open_checkpoint
 from qexport.formats.pack import pack
 from qexport.modelling import load_tokenizer
-from qexport.quantization import GptqOptions, QuantizeConfig, quantize_model
+from qexport.quantization import QuantizeConfig, quantize_model
 from qexport.tiny import write_tiny_model
 from qexport.training import TrainConfig, train
 from tests.oracle.install import FOLDER
@@ -162,7 +162,6 @@ def test_quantized_smollm2_in_vllm(
         calibration=str(text),
         samples=8,
         length=256,
-        gptq=GptqOptions(refits=0),  # a third of the time
     )
     quantize_model(config, Console(quiet=True))
     source = open_checkpoint(config.output)
