@@ -6,6 +6,8 @@ from tests.conftest import Cli
 
 
 def test_smoke(cli: Cli) -> None:
+    refused = cli("train", "--smoke", "--bits", "2")
+    assert refused.returncode == 2 and "options of its own" in refused.stderr
     result = cli("train", "--smoke", "--json")
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)

@@ -138,9 +138,8 @@ def test_of_several_processes_none_takes_python_down(
         env=ENVIRONMENT,
     )
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.split()) == sorted(
-        processes * said
-    )  # a print is one write; those of two mix
+    # those of two processes mix, and each print is one write
+    assert sorted(done.stdout.split()) == sorted(processes * said)
 
 
 def deepspeed() -> tuple[list[str], dict[str, str]]:
