@@ -77,9 +77,9 @@ def plan(source: Checkpoint, form: Format, options: Options | None = None) -> di
     for module, (scheme, shape) in source.modules.items():
         verdict = form.verdict(scheme, shape, options)
         if verdict.holder is None:
-            others = _holders(scheme, shape)
-            instead = f" Formats that hold it exactly: {', '.join(others)}." if others else ""
-            raise RefusedError(f"{module}: {verdict.reason}.{instead}")
+            others = _holders(source)
+            held = f" Formats that hold the model exactly: {', '.join(others)}." if others else ""
+            raise RefusedError(f"{module}: {verdict.reason}.{held}")
         verdicts[module] = verdict
     return verdicts
 
@@ -303,12 +303,17 @@ def _report(
     )
 
 
-def _holders(scheme: Scheme, shape: tuple[int, int]) -> list[str]:
-    """Every format and width that holds a matrix exactly, as one writes them."""
+def _holders(source: Checkpoint) -> list[str]:
+    """Every format and width that holds all matrices exactly, as one writes them."""
+    matrices = set(source.modules.values())
     found = []
     for form in FORMATS.values():
         widths = sorted({grid.bits for grid in form.grids})
-        held = [b for b in widths if form.verdict(scheme, shape, Options(bits=b)).exact]
+        held = [
+            bits
+            for bits in widths
+            if all(form.verdict(*matrix, Options(bits=bits)).exact for matrix in matrices)
+        ]
         if held:
             found.append(f"{form.name} ({', '.join(map(str, held))} bits)")
     return found

@@ -24,6 +24,7 @@ class Verification:
     """What `verify` counted.
 
     modules, weights   quantized matrices compared, and the weights in them
+    decoded            those of them that the artefact holds dense: their values were compared
     differing_codes    codes unlike the source's, re-coded for the artefact's grid
     differing_bits     bits unlike in the float32 values that both dequantize to
     largest_error      largest |difference| of two such values
@@ -35,6 +36,7 @@ class Verification:
 
     modules: int = 0
     weights: int = 0
+    decoded: int = 0
     differing_codes: int = 0
     differing_bits: int = 0
     largest_error: float = 0.0
@@ -77,8 +79,13 @@ class Verification:
 
     def describe(self) -> str:
         """One sentence for people."""
-        counts = f"{self.differing_codes} differing codes, {self.differing_bits} differing bits"
-        over = f"{self.modules} matrices ({self.weights:,} weights) and {self.dense} other tensors"
+        codes = f"{self.differing_codes} differing codes, "
+        counts = (
+            f"{codes if self.decoded < self.modules else ''}{self.differing_bits} differing bits"
+        )
+        dense = f", {self.decoded} of them dense there" if self.decoded else ""
+        matrices = f"{self.modules} matrices ({self.weights:,} weights{dense})"
+        over = f"{matrices} and {self.dense} other tensors"
         if self.exact:
             return f"exact: {counts} in {over}"
         lists = {
@@ -146,7 +153,7 @@ def compare(
         _compare_quantized(name, mine, theirs, report)
         return report
     if isinstance(mine, QuantizedTensor) and isinstance(theirs, Tensor):
-        report.modules = 1
+        report.modules = report.decoded = 1
         report.weights = mine.codes.numel()
         _compare_values(mine, theirs.float(), report)
         report.offenders += [name] if report.differing_bits else []

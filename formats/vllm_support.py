@@ -12,7 +12,8 @@ _BOTH = frozenset({"cpu", "cuda"})
 _GPU = frozenset({"cuda"})
 _NONE: frozenset[str] = frozenset()
 
-
+# vLLM's own readers hold the layers of a tuple as one, and want them quantized alike
+_FUSES = ("gptq", "gptq_v2", "awq", "compressed-tensors", "int-quantized")
 _FUSED = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("mlp.gate_proj", "mlp.up_proj"),
@@ -52,7 +53,7 @@ def vllm_support(
     """
     if experts and form != "gguf":
         return _experts(form)
-    if unlike is not None and form not in ("native", *_OTHERS):
+    if unlike is not None and form in _FUSES:
         return VllmSupport(
             _NONE,
             f"vLLM does not read it: it makes one layer of {unlike}, which have to be quantized "
@@ -69,13 +70,15 @@ def vllm_support(
         return VllmSupport(
             _BOTH, "vLLM reads it on NVIDIA GPUs, and on CPUs with qexport installed beside it."
         )
-    if form in ("awq", "compressed-tensors", "int-quantized"):
-        return VllmSupport(_BOTH, "vLLM reads it.")
-    return _OTHERS.get(form, _UNKNOWN)
+    return _BY_FORMAT.get(form, _UNKNOWN)
 
 
+_READS = VllmSupport(_BOTH, "vLLM reads it.")
 _UNKNOWN = VllmSupport(_NONE, "qexport reads it. vLLM does not read it, as far as is known.")
-_OTHERS = {
+_BY_FORMAT = {
+    "awq": _READS,
+    "compressed-tensors": _READS,
+    "int-quantized": _READS,
     "native": VllmSupport(_BOTH, "vLLM reads it where qexport is installed beside it."),
     "humming": VllmSupport(_GPU, "vLLM reads it on NVIDIA GPUs, with the package humming-kernels."),
     "bitsandbytes": VllmSupport(
@@ -111,5 +114,5 @@ def _gptq(form: str, grids: set[str]) -> VllmSupport:
             _NONE, "vLLM reads GPTQ files as version 1; `qexport pack --format gptq` is for it."
         )
     if grids <= {"int4"}:
-        return VllmSupport(_BOTH, "vLLM reads it.")
+        return _READS
     return VllmSupport(_GPU, "vLLM reads it on NVIDIA GPUs; on CPUs it takes GPTQ of 4 bits alone.")

@@ -197,11 +197,10 @@ class QuantizeConfig:
             raise InputError("--target goes with gptq or rtn; --method kquant says --bits alone.")
         if self.method == "nf4" and self.bits != "4":
             raise InputError("--method nf4 is of --bits 4.")
-        if self.method == "kquant" and (self.bits not in _K_GRIDS or self.group_size is not None):
-            raise InputError(
-                f"--method kquant has --bits {', '.join(_K_GRIDS)}, and groups of its own; leave "
-                "--group-size out."
-            )
+        if self.method == "kquant" and self.bits not in _K_GRIDS:
+            raise InputError(f"--method kquant is of --bits {', '.join(_K_GRIDS)}.")
+        if self.method == "kquant" and self.group_size is not None:
+            raise InputError("--method kquant has groups of its own; leave --group-size out.")
 
     def fitting(self, layer: str, inputs: int) -> Scheme | None:
         """`scheme_of`, and another one where a row of the layer is no whole super-blocks."""

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.pack import pack
 from qexport.formats.verify import Verification, verify
+from qexport.runtime.loader import load_model
 from qexport.tiny import write_tiny_model
 from tests.conftest import Runs
 
@@ -85,6 +86,17 @@ def test_matrices_of_other_shapes_are_not_counted(runs: Runs, tmp_path: Path) ->
         assert not report.exact and report.modules == report.weights == 0
         assert report.differing_bits == 0 and "model.norm.weight" in report.differing_dense
     assert f"{LAYER}.weight" in check(runs("2"), other).differing_dense
+
+
+def test_a_dense_artefact_has_no_codes(runs: Runs, tmp_path: Path) -> None:
+    source = open_checkpoint(runs("2"))
+    model = load_model(source, torch.float32, torch.device("cpu"))
+    model.save_pretrained(tmp_path / "dense")
+    source.copy_files(tmp_path / "dense")
+    report = verify(source, open_checkpoint(tmp_path / "dense"))
+    assert report.values_exact and report.decoded == report.modules == 14
+    assert "codes" not in report.describe()
+    assert f"({report.weights:,} weights, 14 of them dense there)" in report.describe()
 
 
 def test_missing_and_extra_tensors(packed: tuple[Path, Path]) -> None:

@@ -193,7 +193,7 @@ def test_factors_of_nothing() -> None:
 def test_mistakes_in_a_sentence(tiny_model: Path, tmp_path: Path, cli: Cli) -> None:
     common = ("quantize", tiny_model, "--calibration", "builtin", "-o", tmp_path / "run")
     for said, *extra in (
-        ("--method kquant has --bits 2, 3, 4, 5, 6", "--method", "kquant", "--bits", "8"),
+        ("--method kquant is of --bits 2, 3, 4, 5, 6.", "--method", "kquant", "--bits", "8"),
         ("groups of its own", "--method", "kquant", "--bits", "4", "--group-size", "32"),
         ("has a grid of its own", "--method", "kquant", "--bits", "4", "--asym"),
         ("is of --bits 4", "--method", "nf4", "--bits", "3"),

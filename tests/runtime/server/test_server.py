@@ -157,14 +157,21 @@ def test_errors_have_openais_form(
 
 
 def test_bodies_that_are_not_requests(server: Server) -> None:
-    for content in (b"", b"{", b"[]", b'{"temperature": NaN}', b"\xff"):
+    for content, said in (
+        (b"", "the body is no JSON object."),
+        (b"[]", "the body is no JSON object."),
+        (b'"text"', "the body is no JSON object."),
+        (b"{", "the body is not JSON ("),
+        (b'{"temperature": NaN}', ""),
+        (b"\xff", ""),
+    ):
         response = httpx.post(
             f"{server.url}/chat/completions",
             content=content,
             headers={"content-type": "application/json"},
         )
         assert response.status_code == 400, content
-        assert "error" in response.json()
+        assert response.json()["error"]["message"].startswith(said), response.text
     assert httpx.get(f"{server.url}/nowhere").json()["error"]["type"] == "invalid_request_error"
     assert httpx.get(f"{server.url}/completions").status_code == 405
 
