@@ -8,68 +8,14 @@ __all__ = ["peers"]
 
 def peers() -> str:
     """A row for what one would ask of each."""
-    served = load("serve_load.json")
     rows = load("ptq-smollm2.json")["rows"]
-    gptq = load("demo.json")["pack"]["gptq"]  # of all layers, whose last group may not be whole
-    cells = {(c["contender"], c["batch"]): c for c in load("latency-smollm2/report.json")["cells"]}
-
-    seq2 = next(
-        row for row in verdict_table((576, 576)) if (row["grid"], row["group_size"]) == ("seq2", 64)
-    )
-    on_disk = {name: f"{cell['bits_per_weight']:.4g}" for name, cell in seq2["formats"].items()}
-
-    def step(name: str, batch: int) -> str:
-        value = cells[name, batch]["itl"]["p50"] * 1e3
-        return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
-
-    def quantized(name: str) -> str:
-        return short(rows[name]["perplexity"])
-
     lines = [
         ["proof that the file is the model", "every bit", "", "", ""],
-        [
-            "bits on disk of ParetoQ's 2 bits in groups of 64, exact",
-            f"**{on_disk['native']}**",
-            f"{on_disk['native']} by our plugin; on GPUs {on_disk['humming']} (humming)",
-            f"{on_disk['gguf']} (Q4_0)",
-            f"{gptq['bits_per_weight']:.3g} (3 bits)",
-        ],
-        [
-            "a step for one sequence, 4 bits, ms",
-            step("native int4", 1),
-            f"{step('vllm int4', 1)} (our plugin)",
-            step("llama.cpp gguf", 1),
-            "",
-        ],
-        [
-            "a step for 32 sequences, 4 bits, ms",
-            step("native int4", 32),
-            f"{step('vllm dense', 32)} (bfloat16)",
-            step("llama.cpp gguf", 32),
-            "",
-        ],
-        [
-            f"{served['streams']} clients at {served['slots']} slots, 4 bits, tokens/s",
-            f"{served['qexport']['tokens/s']:.0f}",
-            f"{served['vllm bfloat16']['tokens/s']:.0f} (bfloat16), "
-            f"{served['vllm int4']['tokens/s']:.0f} (GPTQ)",
-            f"{served['llama-server']['tokens/s']:.0f}",
-            "",
-        ],
-        [
-            f"GPTQ at 3 bits: perplexity (dense {quantized('dense')})",
-            quantized("int3-g64 gptq"),
-            "",
-            "",
-            quantized("int3-g64 GPTQModel"),
-        ],
-        [
-            f"mixed to {rows['llama.cpp Q4_0']['bits']:.2f} bits: perplexity",
-            f"{rows['mixed as Q4_0']['perplexity']:.2f}",
-            "",
-            f"{rows['llama.cpp Q4_0']['perplexity']:.2f} (Q4_0, imatrix)",
-            "",
-        ],
+        _on_disk(),
+        _step("a step for one sequence, 4 bits, ms", 1, "vllm int4", "our plugin"),
+        _step("a step for 32 sequences, 4 bits, ms", 32, "vllm dense", "bfloat16"),
+        _clients(),
+        *_accuracy(rows),
         ["on GPUs", "not measured yet", "years of use", "years of use", "years of use"],
         ["families of models", "Llama-like, MoE in part", "hundreds", "hundreds", "dozens"],
     ]
@@ -84,3 +30,67 @@ def peers() -> str:
         "and much more: [docs/figures.md](/docs/figures.md)."
     )
     return f"{table(head, lines)}\n\n{note}"
+
+
+def _on_disk() -> list[str]:
+    gptq = load("demo.json")["pack"]["gptq"]  # of all layers, whose last group may not be whole
+    seq2 = next(
+        row for row in verdict_table((576, 576)) if (row["grid"], row["group_size"]) == ("seq2", 64)
+    )
+    bits = {name: f"{cell['bits_per_weight']:.4g}" for name, cell in seq2["formats"].items()}
+    return [
+        "bits on disk of ParetoQ's 2 bits in groups of 64, exact",
+        f"**{bits['native']}**",
+        f"{bits['native']} by our plugin; on GPUs {bits['humming']} (humming)",
+        f"{bits['gguf']} (Q4_0)",
+        f"{gptq['bits_per_weight']:.3g} (3 bits)",
+    ]
+
+
+def _step(what: str, batch: int, vllm: str, which: str) -> list[str]:
+    cells = {(c["contender"], c["batch"]): c for c in load("latency-smollm2/report.json")["cells"]}
+
+    def median(name: str) -> str:
+        value = cells[name, batch]["itl"]["p50"] * 1e3
+        return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+    llama = median("llama.cpp gguf")
+    return [what, median("native int4"), f"{median(vllm)} ({which})", llama, ""]
+
+
+def _clients() -> list[str]:
+    served = load("serve_load.json")
+    rate = {
+        name: f"{served[name]['tokens/s']:.0f}"
+        for name in ("qexport", "vllm bfloat16", "vllm int4", "llama-server")
+    }
+    return [
+        f"{served['streams']} clients at {served['slots']} slots, 4 bits, tokens/s",
+        rate["qexport"],
+        f"{rate['vllm bfloat16']} (bfloat16), {rate['vllm int4']} (GPTQ)",
+        rate["llama-server"],
+        "",
+    ]
+
+
+def _accuracy(rows: dict[str, dict[str, float]]) -> list[list[str]]:
+    perplexity = {name: short(row["perplexity"]) for name, row in rows.items()}
+    mixed, theirs = (
+        f"{rows[name]['perplexity']:.2f}" for name in ("mixed as Q4_0", "llama.cpp Q4_0")
+    )
+    return [
+        [
+            f"GPTQ at 3 bits: perplexity (dense {perplexity['dense']})",
+            perplexity["int3-g64 gptq"],
+            "",
+            "",
+            perplexity["int3-g64 GPTQModel"],
+        ],
+        [
+            f"mixed to {rows['llama.cpp Q4_0']['bits']:.2f} bits: perplexity",
+            mixed,
+            "",
+            f"{theirs} (Q4_0, imatrix)",
+            "",
+        ],
+    ]

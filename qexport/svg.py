@@ -1,7 +1,7 @@
 """Line charts as SVG: one text, no script, no outside resource."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from html import escape
 
 __all__ = ["line_chart"]
@@ -28,7 +28,6 @@ def line_chart(
     """Lines of (x, y) on logarithmic axes; both have to be positive. Raises ValueError for none.
 
     linear   axes that are linear instead, as in "x" or "xy"
-
     dashed   names of lines that are no measurements, and have no points
     order    names by which colours are given, so that several charts agree
     """
@@ -46,34 +45,40 @@ def line_chart(
         'fill="currentColor">',
         f'<text x="{_LEFT}" y="22" font-size="15">{escape(title)}</text>',
     ]
-    for value, place in x_axis.ticks():
-        parts.append(_grid_line(place, _TOP, place, _HEIGHT - _BOTTOM))
-        parts.append(_text(place, _HEIGHT - _BOTTOM + 18, _short(value), "middle"))
-    for value, place in y_axis.ticks():
-        parts.append(_grid_line(_LEFT, place, _WIDTH - _RIGHT, place))
-        parts.append(_text(_LEFT - 8, place + 4, _short(value), "end"))
-    parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 10, x_label, "middle"))
-    parts.append(
-        f'<text transform="translate(16 {(_TOP + _HEIGHT - _BOTTOM) / 2}) rotate(-90)" '
-        f'text-anchor="middle">{escape(y_label)}</text>'
-    )
+    parts += _frame(x_axis, y_axis, x_label, y_label)
     known = list(dict.fromkeys([*order, *series]))
     for number, (name, line) in enumerate(series.items()):
         color = _COLORS[known.index(name) % len(_COLORS)]
         places = [(x_axis.place(x), y_axis.place(y)) for x, y in line]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        dashes = ' stroke-dasharray="6 4"' if name in dashed else ""
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"{dashes}/>'
-        )
-        if name not in dashed:
-            parts += [
-                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in places
-            ]
+        parts += _line(places, color, name in dashed)
         at = _TOP + 8 + 20 * number
         parts.append(_grid_line(_WIDTH - _RIGHT + 12, at, _WIDTH - _RIGHT + 32, at, color, 3))
         parts.append(_text(_WIDTH - _RIGHT + 38, at + 4, _cut(name), "start"))
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _frame(x_axis: "_Axis", y_axis: "_Axis", x_label: str, y_label: str) -> Iterator[str]:
+    for value, place in x_axis.ticks():
+        yield _grid_line(place, _TOP, place, _HEIGHT - _BOTTOM)
+        yield _text(place, _HEIGHT - _BOTTOM + 18, _short(value), "middle")
+    for value, place in y_axis.ticks():
+        yield _grid_line(_LEFT, place, _WIDTH - _RIGHT, place)
+        yield _text(_LEFT - 8, place + 4, _short(value), "end")
+    yield _text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 10, x_label, "middle")
+    yield (
+        f'<text transform="translate(16 {(_TOP + _HEIGHT - _BOTTOM) / 2}) rotate(-90)" '
+        f'text-anchor="middle">{escape(y_label)}</text>'
+    )
+
+
+def _line(places: Points, color: str, dashed: bool) -> Iterator[str]:
+    """A line, and a point for each measurement of one that is not dashed."""
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    dashes = ' stroke-dasharray="6 4"' if dashed else ""
+    yield f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"{dashes}/>'
+    if not dashed:
+        for x, y in places:
+            yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>'
 
 
 def _column(points: Points, at: int) -> list[float]:

@@ -17,7 +17,7 @@ from qexport.runtime.any_model import AnyDecoder
 from qexport.runtime.context import cache_context, free_memory, token_bytes
 from qexport.runtime.cpu_model import CpuDecoder
 from qexport.runtime.cuda_model import CudaDecoder
-from qexport.runtime.families import decoder_config
+from qexport.runtime.families import DecoderConfig, decoder_config
 from qexport.runtime.generator import Generator
 from qexport.runtime.kernels import KERNELS
 from qexport.runtime.loader import best_device, open_tokenizer, resolve_dtype
@@ -100,26 +100,14 @@ def open_decoder(checkpoint: Checkpoint, serving: Serving) -> Decoder:
             dtype=dtype,
             kernel=serving.kernel,
         )
-    in_cpp = device.type == "cpu" and (
-        serving.kernel in ("cpu", "cpu-exact")
-        or (serving.kernel is None and CpuDecoder.refuses(config) is None)
-    )
-    cache = CACHES[serving.cache] if in_cpp else dtype
-    weights = sum(entry.stored_bytes for entry in checkpoint.entries.values())
-    context = cache_context(
-        serving.context,
-        config.context,
-        slots=serving.slots,
-        token=token_bytes(config.layers, config.kv_heads, config.head_dim, cache),
-        memory=partial(free_memory, device, weights),
-    )
-    if in_cpp:
+    if _in_cpp(config, device, serving):
+        cache = CACHES[serving.cache]
         return CpuDecoder(
             checkpoint,
             config,
             slots=serving.slots,
-            context=context,
-            cache=CACHES[serving.cache],
+            context=_context(checkpoint, config, cache, device, serving),
+            cache=cache,
             exact=serving.kernel == "cpu-exact",
             head_bits=serving.head_bits,
             threads=serving.threads,
@@ -129,11 +117,35 @@ def open_decoder(checkpoint: Checkpoint, serving: Serving) -> Decoder:
         checkpoint,
         config,
         slots=serving.slots,
-        context=context,
+        context=_context(checkpoint, config, dtype, device, serving),
         device=device,
         dtype=dtype,
         kernel=serving.kernel,
         head_bits=serving.head_bits,
+    )
+
+
+def _in_cpp(config: DecoderConfig, device: torch.device, serving: Serving) -> bool:
+    if device.type != "cpu" or serving.kernel not in (None, "cpu", "cpu-exact"):
+        return False
+    return serving.kernel is not None or CpuDecoder.refuses(config) is None
+
+
+def _context(
+    checkpoint: Checkpoint,
+    config: DecoderConfig,
+    cache: torch.dtype,
+    device: torch.device,
+    serving: Serving,
+) -> int:
+    """Tokens of a sequence, of a cache in the dtype `cache`."""
+    weights = sum(entry.stored_bytes for entry in checkpoint.entries.values())
+    return cache_context(
+        serving.context,
+        config.context,
+        slots=serving.slots,
+        token=token_bytes(config.layers, config.kv_heads, config.head_dim, cache),
+        memory=partial(free_memory, device, weights),
     )
 
 

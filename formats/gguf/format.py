@@ -43,6 +43,7 @@ from qexport.formats.gguf.hparams import (
 from qexport.formats.gguf.k_blocks import SuperBlocked
 from qexport.formats.gguf.names import Rows, from_gguf, to_gguf
 from qexport.formats.gguf.rounding import round_to_q6_k, round_to_q8_0
+from qexport.formats.gguf.verdict import keeps_grid, verdict_of
 from qexport.formats.gguf.vocabulary import tokenizer_of, vocabulary
 from qexport.grid import Grid, Scheme
 from qexport.stream import as_bytes
@@ -72,32 +73,7 @@ class Gguf(Format):
         return bool(_files(path)) and not any(path.glob("*.safetensors"))
 
     def verdict(self, scheme: Scheme, shape: tuple[int, int], options: Options) -> Verdict:
-        blocked = scheme.super_block is not None  # of whatever dtype, its scales are multiples
-        exact = blocked or scheme.scale_dtype == torch.float16
-        if not exact and not options.allow_lossy:
-            return Verdict(
-                None,
-                reason="gguf stores float16 scales, and these are "
-                f"{scheme.scale_dtype} values (--allow-lossy rounds them)".replace("torch.", ""),
-            )
-        group = scheme.group_size or shape[1]
-        fitting = [
-            (block, grid, 0.0 if exact else 1.0)
-            for block in BLOCKS.values()
-            for grid in block.holds
-            if options.block in (None, block.name)
-            and options.bits in (None, block.width)
-            and (_shares(scheme, block) if blocked else group % block.size == 0 and not grid.minima)
-            and scheme.grid.factor_into(grid)
-        ]
-        if not fitting and options.allow_lossy and options.block == "Q4_1":
-            fitting = _rounded_minimum(scheme, group)
-        if not fitting:
-            return Verdict(None, reason=_no_block(scheme, group, options))
-        block, grid, bound = fitting[0]
-        dtype = scheme.scale_dtype if blocked else torch.float16
-        holder = Scheme(grid, scheme.group_size, dtype, scheme.super_block)
-        return Verdict(holder, block.name, None, block.bits_per_weight, bound)
+        return verdict_of(scheme, shape[1], options)
 
     def layout(self, source: Checkpoint, plan: Plan, options: Options) -> Layout:
         _check_tensors(source)
@@ -186,36 +162,6 @@ def _only_file(path: Path) -> Path:
     return files[0]
 
 
-def _rounded_minimum(scheme: Scheme, group: int) -> list[tuple[Block, Grid, float]]:
-    """Q4_1 for zero points: its float16 minimum is off by half a unit in the last place."""
-    block = BLOCKS["Q4_1"]
-    if not scheme.grid.zeros or scheme.grid.bits != block.width or group % block.size:
-        return []
-    scales = 0.0 if scheme.scale_dtype == torch.float16 else 1.0
-    return [(block, scheme.grid, 0.51 + scales)]
-
-
-def _keeps_grid(verdict: Verdict) -> bool:
-    """Whether blocks give their codes' grid back; one with a rounded minimum is read as dense."""
-    return verdict.holder is not None and verdict.holder.grid in BLOCKS[verdict.stored].holds
-
-
-def _no_block(scheme: Scheme, group: int, options: Options) -> str:
-    asked = [word for word in (options.block, options.bits and f"{options.bits} bits") if word]
-    where = f" at {' and '.join(map(str, asked))}" if asked else ""
-    holding = [b for b in BLOCKS.values() if any(scheme.grid.factor_into(g) for g in b.holds)]
-    named = [b for b in holding if options.block in (None, b.name)]
-    if not named or options.bits is not None:
-        others = ", ".join(b.name for b in holding if group % b.size == 0)
-        instead = f"; {others} would" if others else ""
-        return f"gguf{where} has no block type that holds {scheme.grid.name} exactly{instead}"
-    size = min(block.size for block in named)
-    return (
-        f"gguf{where} wants groups of a multiple of {size} inputs for {scheme.grid.name}, and "
-        f"these have {group}"
-    )
-
-
 def _check_tensors(source: Checkpoint) -> None:
     """Refuse tensors that llama.cpp would leave out, or a head that it would not look for."""
     family = family_of(source.config)
@@ -279,7 +225,7 @@ def _metadata(
     modules: Modules = {
         module: (verdict.holder, source.modules[module][1])
         for module, verdict in plan.items()
-        if verdict.holder is not None and _keeps_grid(verdict)
+        if verdict.holder is not None and keeps_grid(verdict)
     }
     schemes = {"version": CONFIG_VERSION, "config_groups": modules_to_json(modules)}
     config = source.config
@@ -376,18 +322,13 @@ def _encode_blocks(block: Block, tensor: QuantizedTensor) -> Tensor:
     return data
 
 
-def _shares(scheme: Scheme, block: Block) -> bool:
-    """Whether a block holds scales of a scheme as multiples of one."""
-    return scheme.super_block is not None and scheme.super_block.name == block.name
-
-
 def _reopen(rows: Rows, folder: Path) -> ReadBack:
     file = GgufFile(folder / _FILE)
 
     def read_back(name: str, _: Entry, verdict: Verdict | None) -> Tensor | QuantizedTensor:
         info = file.tensors[to_gguf(name) or name]
         known = None
-        if verdict is not None and verdict.holder is not None and _keeps_grid(verdict):
+        if verdict is not None and verdict.holder is not None and keeps_grid(verdict):
             known = verdict.holder, (info.shape[0], info.shape[1])
         return entry_of(file, name, info, rows, known).load()
 

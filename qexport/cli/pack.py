@@ -2,11 +2,16 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from qexport.cli.common import Command, json_option, print_json, progress_console, size
 from qexport.errors import InputError
+
+if TYPE_CHECKING:
+    from qexport.checkpoint import Checkpoint
+    from qexport.formats.pack import PackReport
 
 _EPILOG = """\b
 Examples:
@@ -73,10 +78,8 @@ def command(
     """
     # torch reads it as it allocates for the first time: pages of 2 MiB, a fifth less time
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    from qexport.experts import expert_of
     from qexport.formats import Options, format_named, open_checkpoint
     from qexport.formats.pack import check_output, holdings, pack, plan
-    from qexport.formats.vllm_support import unlike_parts, vllm_support
 
     target = format_named(format)
     if output.suffix == ".gguf":
@@ -100,7 +103,14 @@ def command(
     report = pack(source, target, output, options)
     if as_json:
         print_json(report.to_json())
-        return
+    else:
+        _print(source, report, output)
+
+
+def _print(source: "Checkpoint", report: "PackReport", output: Path) -> None:
+    from qexport.experts import expert_of
+    from qexport.formats.vllm_support import unlike_parts, vllm_support
+
     for line in report.held:
         click.echo(line)
     click.echo(
@@ -111,4 +121,4 @@ def command(
     experts = any(map(expert_of, source.modules))
     stored = [verdict["stored"] for verdict in report.verdicts]
     unlike = unlike_parts(source)
-    click.echo(vllm_support(format, stored, experts=experts, unlike=unlike).sentence)
+    click.echo(vllm_support(report.format, stored, experts=experts, unlike=unlike).sentence)

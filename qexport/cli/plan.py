@@ -86,12 +86,7 @@ def command(
     if isinstance(config, str):
         raise UnsupportedError(f"{model} cannot be reckoned: {config}.")
     dims = Model(config)
-    most = min(4096, config.context)
-    context, prompt = context or most, prompt or min(1024, most)
-    if max(context, prompt) > config.context:
-        raise InputError(
-            f"{model} has a context of {config.context}; {max(context, prompt)} is more than that."
-        )
+    context, prompt = _lengths(model, config.context, context, prompt)
     runtime = process_bytes() if cpu is not None else 0
     hardware = _hardware(gpu, cpu)
     advice = None if purpose is None else advise(purpose, dims, hardware, context)
@@ -115,6 +110,16 @@ def command(
         print_json(found)
     else:
         _print(found)
+
+
+def _lengths(model: str, most: int, context: int | None, prompt: int | None) -> tuple[int, int]:
+    """Tokens of a sequence and of a prompt, of which a model takes `most`."""
+    usual = min(4096, most)
+    context, prompt = context or usual, prompt or min(1024, usual)
+    longest = max(context, prompt)
+    if longest > most:
+        raise InputError(f"{model} has a context of {most}; {longest} is more than that.")
+    return context, prompt
 
 
 def _check(

@@ -81,7 +81,6 @@ def command(
         raise InputError(f"--host {host} opens the model to others; add --api-key or --insecure.")
     listener = _listen(host, port)  # before the model is loaded: a taken port is told at once
     name = served_model_name or path.resolve().name
-    shown = f"[{host}]" if ":" in host else host
     if vllm.chosen:
         port = listener.getsockname()[1]
         listener.close()
@@ -104,13 +103,12 @@ def command(
     )
     if generator.has_template:
         generator.templates.start()
-    address = f"http://{shown}:{listener.getsockname()[1]}/v1"
-    console = progress_console()
-    console.print(f"serving {name} at {address}", highlight=False, soft_wrap=True)
+    shown = f"[{host}]" if ":" in host else host
     about = f"{slots} requests at a time of up to {generator.context} tokens"
     about += f" ({cache / 2**20:.0f} MiB of cache)" if cache else ""
     about += f", by {generator.decoder.kernels}"
-    console.print(about, highlight=False, soft_wrap=True)
+    for line in (f"serving {name} at http://{shown}:{listener.getsockname()[1]}/v1", about):
+        progress_console().print(line, highlight=False, soft_wrap=True)
     try:
         run(app, listener, bounds)
     finally:

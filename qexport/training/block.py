@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 _STREAM = torch.bfloat16
+_KINDS = "dense", "quantized"
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,7 @@ def train_blocks(
         return Passage(blocks, index, block, *how, shared=False)  # one process does all of it
 
     if done == 0:
-        for kind in ("dense", "quantized"):
-            first = stream(kind, 0)
-            for rows in parts(len(windows), settings.batch_size):
-                first.write(rows, blocks.embed(windows[rows]))
-        blocks.forget_embeddings()
+        _embed(blocks, windows, settings.batch_size, [stream(kind, 0) for kind in _KINDS])
     for index in range(done, len(blocks)):
         block = blocks.make(index)
         targets = stream("dense", index + 1)
@@ -115,10 +112,19 @@ def train_blocks(
         tensors = {blocks.name(index) + n: p.detach().cpu() for n, p in block.named_parameters()}
         save_file(tensors, folder / f"block-{index}.safetensors")
         write_json(folder / DONE, {"done": index + 1})
-        for kind in ("dense", "quantized"):
+        for kind in _KINDS:
             (folder / f"{kind}-{index}.bin").unlink(missing_ok=True)
         blocks.release(index)
         tell(index, before, after)
+
+
+def _embed(blocks: Blocks, windows: Tensor, batch_size: int, streams: list[Stream]) -> None:
+    """Begin streams with the windows' embeddings."""
+    for rows in parts(len(windows), batch_size):
+        embedded = blocks.embed(windows[rows])
+        for stream in streams:
+            stream.write(rows, embedded)
+    blocks.forget_embeddings()
 
 
 def prepared_block(

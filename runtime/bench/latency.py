@@ -90,21 +90,7 @@ def measure_latency(
     finally:
         for one in running:
             one.close()
-    rows = []
-    for one, checkpoint, (memory, device) in zip(running, checkpoints, peaks, strict=True):
-        rows.append(
-            {
-                "name": one.contender.name,
-                "backend": one.contender.backend,
-                "version": one.version,
-                "kernel": one.kernel,
-                "load_seconds": round(one.load_seconds, 2),
-                "peak_memory_bytes": memory,
-                "peak_device_bytes": device,
-                "fingerprint": _fingerprint(one.contender.path),
-                **_about(checkpoint, one.contender.backend),
-            }
-        )
+    rows = [_row(*each) for each in zip(running, checkpoints, peaks, strict=True)]
     for cell in cells:
         _add_rates(cell, next(row for row in rows if row["name"] == cell["contender"]))
     return {
@@ -121,6 +107,21 @@ def measure_latency(
         "contenders": rows,
         "cells": cells,
         "crossovers": crossovers(cells),
+    }
+
+
+def _row(one: Running, checkpoint: Checkpoint, peaks: tuple[int, int]) -> dict[str, Any]:
+    """What is told of a contender beside its cells."""
+    return {
+        "name": one.contender.name,
+        "backend": one.contender.backend,
+        "version": one.version,
+        "kernel": one.kernel,
+        "load_seconds": round(one.load_seconds, 2),
+        "peak_memory_bytes": peaks[0],
+        "peak_device_bytes": peaks[1],
+        "fingerprint": _fingerprint(one.contender.path),
+        **_about(checkpoint, one.contender.backend),
     }
 
 

@@ -16,8 +16,8 @@ from qexport.errors import CheckpointError
 from qexport.formats import FORMATS, Options, detect, open_checkpoint
 from qexport.formats.gguf.container import GgufFile
 from qexport.formats.pack import pack
+from tests.formats.gguf_files import foreign_file
 from tests.formats.models import decoder_layer, taken_by
-from tests.formats.test_gguf import foreign_file
 from tests.fuzz import fuzz
 
 SAFETENSORS = sorted(set(FORMATS) - {"gguf"})

@@ -1,191 +1,29 @@
-"""GGUF: blocks against gguf-py, files of other writers, tokenizers, and damage."""
+"""GGUF: files of other writers, options, names, hyper-parameters, and what the proof covers."""
 
-import json
 import shutil
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
-from gguf.quants import dequantize, quantize
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from qexport.errors import CheckpointError, InputError, RefusedError
 from qexport.formats import FORMATS, Options, open_checkpoint
-from qexport.formats.gguf.block import Block
 from qexport.formats.gguf.blocks import BLOCKS
 from qexport.formats.gguf.container import GgufFile, Value, plan_file
 from qexport.formats.gguf.hparams import config_of, hparams, rope_tensors
 from qexport.formats.gguf.names import Rows, from_gguf, to_gguf
-from qexport.formats.gguf.rounding import round_to_q6_k, round_to_q8_0
-from qexport.formats.gguf.vocabulary import tokenizer_of, vocabulary
+from qexport.formats.gguf.vocabulary import vocabulary
 from qexport.formats.pack import pack
 from qexport.formats.verify import verify
 from qexport.runtime.loader import open_model
 from tests.conftest import Cli, Runs
-from tests.formats import decoders as second
+from tests.formats.gguf_files import KNOWN, TEXTS, foreign_file, header_only
 from tests.formats.models import decoder_layer
 
 GGUF = FORMATS["gguf"]
-KNOWN = sorted(set(BLOCKS) & {t.name for t in gguf.GGMLQuantizationType} - {"Q1_0"})
-TEXTS = [
-    "The quick brown fox, 12345 times; isn't it?",
-    "  leading and   inner    runs\t\tof \n\n\n whitespace \r\n ",
-    "日本語のテキストと中文字符 한국어 العربية",
-    "emoji 🎉🎉 👩‍👩‍👧‍👦 é é ß ﬁ",
-    "",
-    " ",
-    "x=1;y+=2//3 <|user|>hi<|end|>",
-]
-
-
-def random_blocks(block: Block, rows: int, per_row: int, seed: int) -> np.ndarray[Any, Any]:
-    """Random bytes whose float16 fields are finite, as rows of a tensor."""
-    rng = np.random.default_rng(seed)
-    raw = rng.integers(0, 256, (rows, per_row, block.bytes), dtype=np.uint8)
-    decoded = block.decode(torch.from_numpy(raw))
-    bad = ~decoded.dequantize().isfinite().view(rows, per_row, -1).all(-1).numpy()
-    raw[bad] = 0
-    return raw
-
-
-@pytest.mark.parametrize("name", KNOWN)
-def test_blocks_are_read_as_gguf_py_reads_them(name: str) -> None:
-    raw = random_blocks(BLOCKS[name], 16, 8, 1)
-    mine = BLOCKS[name].decode(torch.from_numpy(raw)).dequantize().numpy()
-    theirs = dequantize(raw.reshape(16, -1), gguf.GGMLQuantizationType[name])
-    assert np.array_equal(mine.view(np.uint32), theirs.view(np.uint32))
-
-
-@pytest.mark.parametrize(
-    ("name", "decode"), [("Q1_0", second.ggml_q1_0), ("Q2_0", second.ggml_q2_0)]
-)
-def test_blocks_that_gguf_py_lacks(name: str, decode: Callable[..., Any]) -> None:
-    raw = random_blocks(BLOCKS[name], 4, 8, 2)
-    mine = BLOCKS[name].decode(torch.from_numpy(raw)).dequantize().numpy()
-    theirs = decode(raw.reshape(-1, BLOCKS[name].bytes)).reshape(4, -1)
-    assert np.array_equal(mine.view(np.uint32), theirs.view(np.uint32))
-
-
-def test_golden_blocks() -> None:
-    """Literal bytes, so that encoder and decoder cannot drift together."""
-    half = bytes([0x00, 0x38])  # float16 0.5
-    one = torch.ones(1, 1, dtype=torch.float16) / 2
-    ternary = torch.tensor([0, 1, 2, 1] * 16, dtype=torch.uint8).view(1, 1, 64)
-    block = BLOCKS["Q2_0"]
-    assert bytes(block.encode(block.holds[0], ternary, one, None).flatten().tolist()) == (
-        half + bytes([0b01100100] * 16)
-    )
-    signs = torch.tensor([1, 0, 0, 0, 0, 0, 0, 1] * 16, dtype=torch.uint8).view(1, 1, 128)
-    block = BLOCKS["Q1_0"]
-    assert bytes(block.encode(block.holds[0], signs, one * 2, None).flatten().tolist()) == (
-        half + bytes([0b10000001] * 16)
-    )
-    seq = torch.arange(256).div(64, rounding_mode="floor").to(torch.uint8).view(1, 1, 256)
-    block = BLOCKS["Q2_K"]
-    raw = bytes(block.encode(block.holds[0], seq, one * 2, None).flatten().tolist())
-    # planes of 32 in each half: codes 0 0 1 1, then 2 2 3 3, lowest plane in the lowest bits
-    assert raw == bytes([0x32] * 16 + [0b01010000] * 32 + [0b11111010] * 32) + half + half
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.sampled_from(sorted(BLOCKS)), st.integers(0, 2**32 - 1))
-def test_blocks_give_back_every_code(name: str, seed: int) -> None:
-    block = BLOCKS[name]
-    generator = torch.Generator().manual_seed(seed)
-    for grid in block.holds:
-        if grid.minima:
-            continue  # see tests/quantize/test_kquant.py
-        codes = torch.randint(0, grid.levels, (2, 3, block.size), generator=generator).byte()
-        scales = (torch.rand(2, 3, generator=generator) + 0.01).bfloat16().half()
-        zeros = None
-        if grid.zeros:
-            zeros = torch.randint(0, grid.levels, (2, 3), generator=generator).byte()
-        decoded = block.decode(block.encode(grid, codes, scales, zeros))
-        middle = grid.middle if zeros is None else zeros.float().unsqueeze(-1)
-        units = codes.float() - middle
-        if grid.values is not None:
-            units = torch.tensor(grid.values)[codes.int()]
-        expected = units * scales.float().unsqueeze(-1)
-        assert torch.equal(decoded.codes, codes.view(2, -1))
-        assert torch.equal(decoded.dequantize(), expected.view(2, -1))
-
-
-@pytest.mark.parametrize(("round_to", "name"), [(round_to_q8_0, "Q8_0"), (round_to_q6_k, "Q6_K")])
-def test_rounded_embeddings_are_near(round_to: Callable[..., torch.Tensor], name: str) -> None:
-    weight = torch.randn(8, 512, generator=torch.Generator().manual_seed(0))
-    weight[0] = 0
-    raw = round_to(weight)
-    theirs = dequantize(raw.flatten(1).numpy(), gguf.GGMLQuantizationType[name])
-    error = np.abs(theirs - weight.numpy()).max()
-    assert error < weight.abs().max() / {"Q8_0": 200, "Q6_K": 50}[name]
-
-
-# --- files of others ------------------------------------------------------------------------
-
-
-def foreign_file(path: Path, tiny_model: Path, kinds: dict[str, str]) -> dict[str, Any]:
-    """A Llama of width 256 as gguf-py writes it, linear layers quantized; values by our names."""
-    config = json.loads((tiny_model / "config.json").read_text())
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(512)
-    writer.add_embedding_length(256)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(256)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(4)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    for key, value in vocabulary(tiny_model, 260).items():
-        adders = {"str": writer.add_string, "u32": writer.add_uint32, "bool": writer.add_bool}
-        adders.get(value.kind, writer.add_array)(key, value.value)
-    expected = {}
-    rng = np.random.default_rng(0)
-
-    def add(name: str, shape: tuple[int, ...], kind: str) -> None:
-        theirs = to_gguf(name)
-        assert theirs is not None
-        if kind == "F32":
-            values = rng.standard_normal(shape).astype(np.float32)
-            writer.add_tensor(theirs, values)
-        elif kind == "F16":
-            values = rng.standard_normal(shape).astype(np.float16)
-            writer.add_tensor(theirs, values)
-        else:
-            number = gguf.GGMLQuantizationType[kind]
-            try:
-                raw = quantize(rng.standard_normal(shape).astype(np.float32), number)
-            except NotImplementedError:
-                block = BLOCKS[kind]
-                raw = random_blocks(block, shape[0], shape[1] // block.size, 3)
-                raw = raw.reshape(shape[0], -1)
-            writer.add_tensor(theirs, raw, raw_dtype=number)
-            values = dequantize(raw, number)
-        expected[name] = np.asarray(values, np.float32)
-
-    add("model.embed_tokens.weight", (260, 256), kinds.get("embed", "F16"))
-    layer = "model.layers.0"
-    names = [f"self_attn.{n}_proj" for n in "qkvo"]
-    for name in [*names, *(f"mlp.{n}_proj" for n in ("gate", "up", "down"))]:
-        add(f"{layer}.{name}.weight", (256, 256), kinds.get(name, kinds["all"]))
-    for name in ("input_layernorm", "post_attention_layernorm"):
-        add(f"{layer}.{name}.weight", (256,), "F32")
-    add("model.norm.weight", (256,), "F32")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    for name, values in expected.items():  # q and k stand permuted in the file
-        if ".q_proj" in name or ".k_proj" in name:
-            pairs = values.reshape(4, 32, 2, -1)
-            expected[name] = np.swapaxes(pairs, 1, 2).reshape(256, 256)
-    return expected
 
 
 @pytest.mark.parametrize("kind", KNOWN)
@@ -356,18 +194,6 @@ def test_rows_are_ordered_as_llama_cpp_does() -> None:
     assert rows.to_file("model.layers.0.self_attn.v_proj.weight", q) is q
 
 
-def header_only(path: Path, metadata: dict[str, Value], tensors: dict[str, Any]) -> GgufFile:
-    plan = plan_file(
-        path.name, metadata, {n: (0, t.shape, 4 * t.numel()) for n, t in tensors.items()}
-    )
-    data = bytearray(plan.header) + bytes(plan.size - len(plan.header))
-    for name, tensor in tensors.items():
-        start, size = plan.slots[name]
-        data[start : start + size] = tensor.numpy().tobytes()
-    path.write_bytes(data)
-    return GgufFile(path)
-
-
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 64,
@@ -421,87 +247,6 @@ def test_hyper_parameters_go_there_and_back(tmp_path: Path, extra: dict[str, Any
 def test_unknown_rotary_scaling_is_refused() -> None:
     with pytest.raises(RefusedError, match="no rotary scaling of type 'dynamic'"):
         hparams({**LLAMA, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}})
-
-
-# --- tokenizers ---------------------------------------------------------------------------------
-
-
-def trained(pre: str) -> Tokenizer:
-    """A small BPE tokenizer of each kind, trained on the texts above and this file."""
-    corpus = [*TEXTS, Path(__file__).read_text()]
-    if pre == "spm":
-        tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-        tokenizer.normalizer = normalizers.Sequence(steps)
-        parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        tokenizer.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)])
-        special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
-        trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
-        tokenizer.train_from_iterator([w for text in corpus for w in text.split("\n")], trainer)
-        saved = json.loads(tokenizer.to_str())
-        saved["added_tokens"] = saved["added_tokens"][:3]
-        return Tokenizer.from_str(json.dumps(saved))
-    tokenizer = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre in ("gpt-2", "smollm"))
-    if pre == "smollm":
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, level])
-    elif pre == "gpt-2":
-        tokenizer.pre_tokenizer = level
-    else:
-        numbers = r"\p{N}{1,3}" if pre == "llama-bpe" else r"\p{N}"
-        pattern = (
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-            + numbers
-            + r"| ?[^\s\p{L}\p{N}]"
-            r"+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-        )
-        split = pre_tokenizers.Split(Regex(pattern), "isolated")
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=["<|end|>", "<|user|>"],
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
-    return tokenizer
-
-
-@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2", "spm"])
-def test_tokenizers_go_there_and_back(tmp_path: Path, pre: str) -> None:
-    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    if pre != "spm":
-        names = {"eos_token": "<|end|>"}
-    PreTrainedTokenizerFast(tokenizer_object=trained(pre), **names).save_pretrained(tmp_path)
-    mine = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    values = vocabulary(tmp_path, 640)
-    assert values["tokenizer.ggml.pre"].value == ("default" if pre == "spm" else pre)
-    assert len(values["tokenizer.ggml.tokens"].value) == 640
-    back = tokenizer_of(header_only(tmp_path / "a.gguf", values, {"x": torch.zeros(1)}))
-    for text in [*TEXTS, *Path(__file__).read_text().splitlines()[:200]]:
-        assert back.encode(text) == mine.encode(text).ids, text
-        assert back.decode(back.encode(text)) == mine.decode(mine.encode(text).ids, False)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"model": {"type": "Unigram", "vocab": []}},
-        {"normalizer": {"type": "Lowercase"}},
-        {"pre_tokenizer": {"type": "Whitespace"}},
-        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}},
-    ],
-)
-def test_tokenizers_that_llama_cpp_lacks_are_refused(
-    tiny_model: Path, tmp_path: Path, change: dict[str, Any]
-) -> None:
-    spec = {**json.loads((tiny_model / "tokenizer.json").read_text()), **change}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    with pytest.raises(RefusedError, match=r"llama.cpp has no tokenizer like this one"):
-        vocabulary(tmp_path, 260)
 
 
 # --- what the proof covers ------------------------------------------------------------------------
@@ -592,9 +337,3 @@ def test_ids_that_only_the_config_names(tiny_model: Path, tmp_path: Path) -> Non
     assert "tokenizer.ggml.eos_token_id" not in vocabulary(tmp_path, 260)
     (tmp_path / "config.json").write_text('{"eos_token_id": [256, 7]}')
     assert vocabulary(tmp_path, 260)["tokenizer.ggml.eos_token_id"].value == 256
-
-
-def test_one_block_alone_is_read(tmp_path: Path) -> None:
-    for block in BLOCKS.values():
-        raw = random_blocks(block, 1, 1, 5)
-        assert block.decode(torch.from_numpy(raw)).codes.shape == (1, block.size)
