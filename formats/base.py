@@ -14,9 +14,20 @@ from qexport.grid import Grid, Scheme
 from qexport.stream import FilePlan
 from qexport.tensor import QuantizedTensor
 
-__all__ = ["EMBEDDINGS", "Encode", "Format", "Layout", "Options", "Plan", "ReadBack", "Verdict"]
+__all__ = [
+    "EMBEDDINGS",
+    "EMBEDDING_FORMS",
+    "Encode",
+    "Format",
+    "Layout",
+    "Options",
+    "Plan",
+    "ReadBack",
+    "Verdict",
+]
 
 
+EMBEDDING_FORMS = ("exact", "f16", "q8_0", "q6_k")  # the words that `Options.embeddings` may be
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -136,6 +147,9 @@ class Format(ABC):
         if options.block is not None and options.block not in self.blocks:
             names = f"it has {', '.join(self.blocks)}" if self.blocks else "only gguf has them"
             raise InputError(f"--type {options.block} is no block type of {self.name}; {names}.")
+        if options.embeddings not in EMBEDDING_FORMS:
+            known = ", ".join(EMBEDDING_FORMS)
+            raise InputError(f"--embeddings {options.embeddings}: there are {known}.")
         if options.embeddings != "exact" and not self.blocks:
             raise InputError("--embeddings is for gguf; other formats keep dense tensors as is.")
 

@@ -217,6 +217,17 @@ class IntQuantized(CompressedTensors):
             f"{module}.weight_scale": tensor.scales,
         }
 
+    def _scheme(
+        self, reader: ShardReader, module: str, weights: dict[str, Any]
+    ) -> tuple[Scheme, tuple[int, int]]:
+        scheme, shape = super()._scheme(reader, module, weights)
+        if scheme.grid != INT8:
+            raise CheckpointError(
+                f"{reader.folder}: {module} is {scheme.grid.name} held as int8; of int-quantized "
+                "symmetric weights of 8 bits are read."
+            )
+        return scheme, shape
+
     def decode(
         self, reader: ShardReader, module: str, scheme: Scheme, shape: tuple[int, int]
     ) -> QuantizedTensor:

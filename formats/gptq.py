@@ -68,9 +68,10 @@ class Gptq(FolderFormat):
         else:
             zeros = tensor.zeros.t()
         if self.zero_offset and bool((zeros == 0).any()):
+            others = "gptq_v2 and awq hold" if width == 4 else "gptq_v2 holds"
             raise RefusedError(
                 f"{module} has zero points of 0, which version 1 wraps around and engines "
-                "carry into the next one; gptq_v2, awq and compressed-tensors hold them."
+                f"carry into the next one; {others} them."
             )
         stored = (zeros.to(torch.int16) - self.zero_offset) % (1 << width)
         return {

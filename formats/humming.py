@@ -93,7 +93,7 @@ class Humming(FolderFormat):
         }
 
     def modules(self, reader: ShardReader, quantization: dict[str, Any]) -> Modules:
-        found = str(quantization.get("b_dtype", "")).removeprefix("u").removeprefix("int")
+        found = str(quantization.get("b_dtype", "")).removeprefix("uint")
         width = int(found) if found in {str(grid.bits) for grid in GRIDS.values()} else 0
         has_zero = bool(quantization.get("has_zero_point"))
         if not width or "dynamic" in quantization:

@@ -12,6 +12,8 @@ from qexport.checkpoint import (
     Checkpoint,
     Modules,
     check_codes,
+    check_scales,
+    check_zeros,
     checked_minima,
     checked_scales,
     modules_from_json,
@@ -82,11 +84,7 @@ class Native(FolderFormat):
         if scheme.grid.minima:
             checked_minima(reader, f"{module}.minima")
         found = decoded(module, parts, scheme, shape[1])
-        if scheme.double_quant and not torch.equal(doubled(found.scales), found.scales):
-            raise CheckpointError(
-                f"{reader.folder}: the scales of {module} are not those of a double quantization."
-            )
-        check_codes(found.codes, scheme.grid, f"{reader.folder}: {module}")
+        check_tensor(found, f"{reader.folder}: {module}")
         return found
 
     def quantization_config(self, modules: Modules, source: Checkpoint) -> dict[str, Any]:
@@ -99,6 +97,16 @@ class Native(FolderFormat):
 
     def modules(self, reader: ShardReader, quantization: dict[str, Any]) -> Modules:
         return modules_from_json(quantization)
+
+
+def check_tensor(found: QuantizedTensor, where: str) -> None:
+    """Raise CheckpointError for values that the specification does not allow."""
+    check_scales(found.scales, where)
+    if found.scheme.double_quant and not torch.equal(doubled(found.scales), found.scales):
+        raise CheckpointError(f"{where} has scales that are not those of a double quantization.")
+    check_codes(found.codes, found.scheme.grid, where)
+    if found.zeros is not None:
+        check_zeros(found.zeros, found.scheme.grid, where)
 
 
 def decoded(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qexport.checkpoint import Checkpoint, Entry, module_of
-from qexport.errors import InputError, RefusedError, VerificationError
+from qexport.errors import InputError, QexportError, RefusedError, VerificationError
 from qexport.formats.base import EMBEDDINGS, Format, Layout, Options, Plan, ReadBack, Verdict
 from qexport.formats.card import model_card
 from qexport.formats.registry import FORMATS, open_checkpoint
@@ -31,7 +31,7 @@ from qexport.stream import FileWriter, as_bytes
 from qexport.tensor import QuantizedTensor
 from qexport.version import __version__
 
-__all__ = ["PackReport", "check_output", "holdings", "pack", "plan"]
+__all__ = ["PackReport", "check_output", "holdings", "pack", "plan", "rehearse"]
 
 Stored = Tensor | QuantizedTensor
 _SYNC_BYTES = 1 << 28  # at most so much is written again after a kill
@@ -78,7 +78,7 @@ def plan(source: Checkpoint, form: Format, options: Options | None = None) -> di
         verdict = form.verdict(scheme, shape, options)
         if verdict.holder is None:
             others = _holders(source)
-            held = f" Formats that hold the model exactly: {', '.join(others)}." if others else ""
+            held = f" Formats that hold it exactly: {', '.join(others)}." if others else ""
             raise RefusedError(f"{module}: {verdict.reason}.{held}")
         verdicts[module] = verdict
     return verdicts
@@ -314,9 +314,35 @@ def _holders(source: Checkpoint) -> list[str]:
             for bits in widths
             if all(form.verdict(*matrix, Options(bits=bits)).exact for matrix in matrices)
         ]
+        if held and not _can_say(source, form, Options(bits=held[0])):
+            continue
         if held:
             found.append(f"{form.name} ({', '.join(map(str, held))} bits)")
     return found
+
+
+def _can_say(source: Checkpoint, form: Format, options: Options) -> bool:
+    """Whether a format that holds every matrix also has words for the model that they are of."""
+    modules = source.modules.items()
+    plan = {module: form.verdict(scheme, shape, options) for module, (scheme, shape) in modules}
+    try:
+        form.layout(source, plan, options)
+    except QexportError:
+        return False
+    return True
+
+
+def rehearse(source: Checkpoint, form: Format, options: Options | None = None) -> Plan:
+    """Everything that `pack` does before it writes, tensor by tensor; raises what that does."""
+    options = options or Options()
+    verdicts = plan(source, form, options)
+    layout = form.layout(source, verdicts, options)
+    for name in source:
+        tensor, verdict = source[name], verdicts.get(module_of(name))
+        if isinstance(tensor, QuantizedTensor) and verdict is not None:
+            tensor = _recode(tensor, verdict, name)
+        layout.encode(name, tensor, verdict)
+    return verdicts
 
 
 def holdings(source: Checkpoint, verdicts: Plan) -> list[str]:

@@ -1,6 +1,8 @@
 """Proof that an artefact is its source: every code, every dequantized bit, every dense tensor."""
 
+import contextlib
 import math
+import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qexport.checkpoint import Checkpoint
+from qexport.checkpoint import Checkpoint, carried_files
 from qexport.formats.registry import FORMATS
 from qexport.tensor import QuantizedTensor
 
@@ -128,13 +130,22 @@ def compare_rest(source: Checkpoint, artefact: Checkpoint) -> Verification:
     lone = artefact.folder.is_file()  # a GGUF file has it all inside, and was asked above
     if source.config != artefact.config and not lone:
         report.differing_files.append("config.json")
-    converted = source.make_tokenizer is not None  # from a GGUF file, and so not file by file
-    sides = () if converted or lone else (source, artefact)
-    names = {file.name for side in sides for file in side.carried_files()}
-    for name in sorted(names):
-        if not _same_file(source.folder / name, artefact.folder / name):
-            report.differing_files.append(name)
+    if not lone:
+        report.differing_files += _differing_files(source, artefact)
     return report
+
+
+def _differing_files(source: Checkpoint, artefact: Checkpoint) -> list[str]:
+    """Of those that go with the weights; from a GGUF file they are made as `pack` makes them."""
+    with contextlib.ExitStack() as stack:
+        mine = source.folder
+        if source.make_tokenizer is not None:
+            if artefact.make_tokenizer is not None:  # files themselves, told apart by metadata
+                return []
+            mine = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            source.copy_files(mine)
+        names = {file.name for side in (mine, artefact.folder) for file in carried_files(side)}
+        return [n for n in sorted(names) if not _same_file(mine / n, artefact.folder / n)]
 
 
 def compare(

@@ -2,14 +2,17 @@
 
 import ctypes
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qexport.checkpoint import Checkpoint
+from qexport.checkpoint import Checkpoint, module_of
 from qexport.errors import QexportError
-from qexport.modelling import meta_model
+from qexport.modelling import allocate, meta_model
+from qexport.source import as_stored
 from qexport.tensor import QuantizedTensor
 
 __all__ = ["Blocks", "Stream", "lost_share", "relative_errors"]
@@ -20,15 +23,26 @@ _NEGLIGIBLE = 1e-4  # of the median token's square
 class Blocks:
     """The decoder blocks of a checkpoint, dense or dequantized, made one at a time.
 
-    The model's own forward pass runs over a body that holds a single block, so that masks, rotary
-    embeddings and whatever else a family does around its blocks are transformers' own.
+    The model's own forward pass runs over a body that holds no block or a single one, so that
+    masks, rotary embeddings and whatever else a family does around its blocks are transformers'
+    own. Nothing is dropped out.
+
+    stored      dtype that parameters are rounded to, as they will be stored
+    quantized   whether a layer, by its name, will be: its weight is read as it is
     """
 
-    def __init__(self, source: Checkpoint, stored: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        source: Checkpoint,
+        stored: torch.dtype,
+        device: torch.device,
+        quantized: Callable[[str], object] = lambda _: False,
+    ) -> None:
         self._source = source
         self._stored = stored
         self._device = device
-        self._model = meta_model(source)
+        self._quantized = quantized
+        self._model = meta_model(source).eval()
         self._body = self._model.model
         self._layers = list(self._body.layers)
         self._types = getattr(self._model.config, "layer_types", None)
@@ -52,7 +66,8 @@ class Blocks:
     def make(self, index: int) -> nn.Module:
         """A block with its float32 weights."""
         prefix = self.name(index)
-        block: nn.Module = self._layers[index].to_empty(device=self._device)
+        block: nn.Module = self._layers[index]
+        allocate(self._model, block, self._device)
         state = {
             name: self._read(prefix + name).to(self._device) for name, _ in block.named_parameters()
         }
@@ -68,10 +83,11 @@ class Blocks:
         """What enters the first block, for tokens [n, length]: [n, length, hidden]."""
         table = self._body.embed_tokens
         if table.weight.is_meta:
-            table.to_empty(device=self._device)
-            table.weight.data.copy_(self._read("model.embed_tokens.weight"))
-        made: Tensor = table(tokens.to(self._device))
-        return made.detach()
+            self._fill(table, "model.embed_tokens.")
+        self._body.layers = nn.ModuleList()
+        with torch.no_grad():
+            made: Tensor = self._body(tokens.to(self._device), use_cache=False).last_hidden_state
+        return made
 
     def forget_embeddings(self) -> None:
         """They are large."""
@@ -79,29 +95,42 @@ class Blocks:
 
     def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """The block's output [n, length, hidden]."""
-        self._body.layers = nn.ModuleList([block])
-        if self._types is not None:
-            self._model.config.layer_types = [self._types[index]]
-        out: Tensor = self._body(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        out: Tensor = self._through(self._body, index, block, hidden).last_hidden_state
         return out
 
     def logits(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Of the last block, and of what comes after it [n, length, vocabulary]."""
         head = self._model.lm_head
-        if self._norm.weight.is_meta:
+        if head.weight.is_meta:
             self._fill(self._norm, "model.norm.")
             tied = "lm_head.weight" not in self._source
             self._fill(head, "model.embed_tokens." if tied else "lm_head.")
         self._body.norm = self._norm
-        self._body.layers = nn.ModuleList([block])
-        if self._types is not None:
-            self._model.config.layer_types = [self._types[-1]]
-        out: Tensor = self._model(inputs_embeds=hidden, use_cache=False).logits
+        out: Tensor = self._through(self._model, len(self) - 1, block, hidden).logits
         self._body.norm = nn.Identity()
         return out
 
+    def _through(self, model: nn.Module, index: int, block: nn.Module, hidden: Tensor) -> Any:
+        """What `model` makes of a block that is given `hidden`.
+
+        Some families scale what enters the first block, and would do so again: the block is given
+        `hidden` itself, whatever became of it on the way.
+        """
+        self._body.layers = nn.ModuleList([block])
+        if self._types is not None:
+            self._model.config.layer_types = [self._types[index]]
+
+        def given(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return (hidden, *args[1:]), {k: v for k, v in kwargs.items() if k != "hidden_states"}
+
+        hook = block.register_forward_pre_hook(given, with_kwargs=True)
+        try:
+            return model(inputs_embeds=hidden, use_cache=False)
+        finally:
+            hook.remove()
+
     def _fill(self, module: nn.Module, prefix: str) -> None:
-        module.to_empty(device=self._device)
+        allocate(self._model, module, self._device)
         with torch.no_grad():
             for name, parameter in module.named_parameters():
                 parameter.copy_(self._read(prefix + name))
@@ -110,7 +139,9 @@ class Blocks:
         value = self._source[name]
         if isinstance(value, QuantizedTensor):
             return value.dequantize()
-        return value.to(self._stored).float()
+        if self._quantized(module_of(name)):
+            return value.float()
+        return as_stored(name, value, self._stored).float()
 
 
 def _trim() -> None:

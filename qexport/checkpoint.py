@@ -30,6 +30,7 @@ __all__ = [
     "carried_files",
     "check_codes",
     "check_scales",
+    "check_zeros",
     "checked_scales",
     "dense_entry",
     "expect",
@@ -273,6 +274,15 @@ def check_codes(codes: Tensor, grid: Grid, where: str) -> None:
         raise CheckpointError(
             f"{where} holds code {int(codes.max())}, and {grid.name} has {grid.levels} levels; the "
             "file is damaged."
+        )
+
+
+def check_zeros(zeros: Tensor, grid: Grid, where: str) -> None:
+    """Raise CheckpointError for a zero point that is none of the grid's codes."""
+    if int(zeros.max()) >= grid.levels:
+        raise CheckpointError(
+            f"{where} holds zero point {int(zeros.max())}, and {grid.name} has {grid.levels} "
+            "levels; the file is damaged."
         )
 
 

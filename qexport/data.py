@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 Split = Literal["train", "calibration", "eval", "all"]
+_AT_ONCE = 1000  # documents that are tokenized together
 _DATASET_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".gz", ".zst")
 _ROW_SUFFIXES = (".jsonl", ".json")
 
@@ -82,17 +84,21 @@ def is_held_out(text: str) -> bool:
     return _bucket(text) % 20 == 0
 
 
-def tokenize(texts: list[str], tokenizer: Any) -> Tensor:
-    """Token ids int64 [n] of all documents in order, each ended with the tokenizer's EOS."""
+def tokenize(texts: Iterable[str], tokenizer: Any, limit: int | None = None) -> Tensor:
+    """Token ids int64 [n] of documents in order, each ended with the tokenizer's EOS.
+
+    No more than `limit` tokens, and little more text than they want is read.
+    """
     eos = tokenizer.eos_token_id
     ids: list[int] = []
-    for start in range(0, len(texts), 1000):
-        batch = tokenizer(texts[start : start + 1000], add_special_tokens=False, verbose=False)
+    rest = iter(texts)
+    while (limit is None or len(ids) < limit) and (some := list(islice(rest, _AT_ONCE))):
+        batch = tokenizer(some, add_special_tokens=False, verbose=False)
         for row in batch["input_ids"]:
             ids.extend(row)
             if eos is not None and row and row[-1] != eos:
                 ids.append(eos)
-    return torch.tensor(ids, dtype=torch.int64)
+    return torch.tensor(ids[:limit], dtype=torch.int64)
 
 
 def windows(tokens: Tensor, length: int, option: str) -> Tensor:
@@ -184,6 +190,16 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def hub_revision(source: str) -> str | None:
+    """Which version of a dataset the hub has now; None where it cannot be asked."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(source.partition(":")[0], timeout=10).sha
+    except Exception:  # as in `_hub`, which says what is wrong where the data is wanted
+        return None
 
 
 def _hub(source: str) -> Iterator[tuple[Any, str]]:

@@ -20,8 +20,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qexport.checkpoint import modules_from_json
 from qexport.errors import CheckpointError
-from qexport.formats.native import Native, decoded
+from qexport.formats.native import Native, check_tensor, decoded
 from qexport.grid import Scheme
+from qexport.tensor import QuantizedTensor
 
 __all__ = ["PackedLinear", "QexportConfig", "QexportQuantizer"]
 
@@ -54,8 +55,12 @@ class PackedLinear(nn.Module):
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         """The dequantized weight [out, in]."""
+        return self.quantized().dequantize(dtype)
+
+    def quantized(self) -> QuantizedTensor:
+        """What the buffers hold."""
         parts = {f".{name}": buffer for name, buffer in self.named_buffers(recurse=False)}
-        return decoded("", parts, self.scheme, self.in_features).dequantize(dtype)
+        return decoded("", parts, self.scheme, self.in_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         """`to` and its like: buffers go to another device, and keep their dtypes."""
@@ -106,6 +111,12 @@ class QexportQuantizer(HfQuantizer):
             with torch.device("meta"):
                 packed = PackedLinear(scheme, shape, linear.bias is not None)
             model.set_submodule(name, packed)
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        for name, module in model.named_modules():
+            if isinstance(module, PackedLinear):
+                check_tensor(module.quantized(), name)
+        return model
 
     def is_serializable(self) -> bool:
         """Packed buffers are saved as they are."""

@@ -15,7 +15,10 @@ def local_folder(model: str, wanted: Sequence[str] = _WANTED) -> Path:
 
     Raises InputError where there is no such folder and no such id, or the hub cannot be reached.
     """
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError:  # there is no such user
+        path = Path(model)
     if path.exists():
         if not path.is_dir():
             raise InputError(f"{model} is a file; give the folder that it lies in.")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -24,7 +24,7 @@ from qexport.errors import CheckpointError, InputError, first_line
 from qexport.experts import take_apart
 from qexport.llama_like import LLAMA_LIKE, extend
 
-__all__ = ["UNTRUSTED", "build_model", "load_tokenizer", "meta_model"]
+__all__ = ["UNTRUSTED", "allocate", "build_model", "load_tokenizer", "meta_model"]
 
 # fields of a config.json that transformers is not given: they name code to run, or are ours to set
 UNTRUSTED = ("model_type", "auto_map", "attn_implementation", "_attn_implementation")
@@ -74,6 +74,17 @@ def meta_model(checkpoint: Checkpoint) -> Any:
     extend(model, checkpoint.config)
     take_apart(model)
     return model
+
+
+def allocate(model: Any, module: nn.Module, device: torch.device) -> None:
+    """Memory for the parameters of a part of a `meta_model`, which are to be read into it.
+
+    Buffers that no checkpoint has, as a scale of embeddings, are made as the family makes them.
+    """
+    module.to_empty(device=device)
+    for part in module.modules():
+        if next(part.buffers(recurse=False), None) is not None:
+            model._init_weights(part)
 
 
 def _generation_config(folder: Path) -> Any:

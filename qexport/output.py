@@ -73,7 +73,7 @@ def ours(folder: Path) -> list[str]:
 
 
 def strangers(folder: Path) -> list[str]:
-    """What stands in a folder of ours and was not written by us: never removed, nor replaced."""
+    """What stands in a folder of ours and was not written by us: never removed."""
     names = {*ours(folder)}
     return sorted(
         path.name

@@ -87,6 +87,9 @@ def claimed(
         return
     with locked(run, run):
         try:
+            # a long time may have passed since that was asked first
+            if marker(run) and finished(run, identity, resume=resume) is not None:
+                raise InputError(f"{run} was finished by another process meanwhile; it is there.")
             if not resume:
                 _clear(run)
             if marker(run) is None:

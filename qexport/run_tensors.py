@@ -10,6 +10,7 @@ from torch import Tensor
 from qexport.checkpoint import (
     Entry,
     check_codes,
+    check_zeros,
     checked_minima,
     checked_scales,
     dense_entry,
@@ -107,6 +108,8 @@ def _load_codes(reader: ShardReader, module: str, scheme: Scheme) -> QuantizedTe
     codes = reader.tensor(f"{module}.weight")
     check_codes(codes, scheme.grid, f"{reader.folder}: {module}")
     zeros = reader.tensor(module + _ZERO) if scheme.grid.zeros else None
+    if zeros is not None:
+        check_zeros(zeros, scheme.grid, f"{reader.folder}: {module}")
     minima = checked_minima(reader, module + _MINIMUM) if scheme.grid.minima else None
     scales = checked_scales(reader, module + _SCALE)
     return QuantizedTensor(codes, scales, scheme, zeros, minima)

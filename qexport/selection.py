@@ -55,7 +55,7 @@ def parse_rule(text: str, widths: Collection[str], methods: Collection[str] = ()
     group, method = rest[0] if rest else "", rest[1] if len(rest) > 1 else None
     if group == "":
         return Rule(pattern, bits, 0, method)
-    if group != "-1" and not (group.isdigit() and int(group) > 0):
+    if group != "-1" and not (group.isdecimal() and int(group) > 0):
         raise InputError(f"--module-bits {text}: {group} is not a group size.")
     return Rule(pattern, bits, None if group == "-1" else int(group), method)
 

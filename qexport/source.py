@@ -6,7 +6,7 @@ A dense Hugging Face checkpoint, a RUN of ours, or a checkpoint of ParetoQ's own
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qexport.checkpoint import Checkpoint, dense_entry, read_config
 from qexport.errors import CheckpointError, InputError
@@ -15,7 +15,7 @@ from qexport.run_tensors import code_entries, latent_entries
 from qexport.shards import ShardReader
 from qexport.upstream import is_upstream, upstream_entries
 
-__all__ = ["check_names", "dense_source", "open_source", "stored_dtype"]
+__all__ = ["as_stored", "check_names", "dense_source", "open_source", "rounded", "stored_dtype"]
 
 
 def open_source(folder: Path) -> Checkpoint | None:
@@ -52,6 +52,34 @@ def stored_dtype(source: Checkpoint) -> torch.dtype:
     if not isinstance(stored, torch.dtype) or not stored.is_floating_point:
         raise CheckpointError(f"{source.folder}/config.json: dtype {name!r} is no float dtype.")
     return stored
+
+
+def as_stored(name: str, value: Tensor, stored: torch.dtype) -> Tensor:
+    """A dense tensor in the dtype that it will be stored in.
+
+    Raises CheckpointError where that has no room for it.
+    """
+    made = value.to(stored)
+    if stored != value.dtype and not torch.equal(made.isfinite(), value.isfinite()):
+        raise CheckpointError(
+            f"{name} has values beyond the range of {stored}, which config.json asks for; change "
+            "its dtype there.".replace("torch.", "")
+        )
+    return made
+
+
+def rounded(source: Checkpoint, stored: torch.dtype) -> str | None:
+    """In words, that tensors of the source are wider than what they will be stored in."""
+    wider = {
+        e.dtype for e in source.entries.values() if torch.promote_types(e.dtype, stored) != stored
+    }
+    if not wider:
+        return None
+    names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in wider))
+    return (
+        f"the model is in {names} and its config.json says {stored}: what is not quantized is "
+        "rounded to that"
+    ).replace("torch.", "")
 
 
 def check_names(source: Checkpoint, plan: nn.Module) -> None:

@@ -47,7 +47,7 @@ def upstream_entries(reader: ShardReader, config: dict[str, Any]) -> dict[str, E
 
 
 def _scheme(reader: ShardReader, clip: str, shape: tuple[int, int], bits: str) -> Scheme:
-    out, *groups = reader.shape(clip)
+    out, *groups = reader.shape(clip) or (0,)
     count = groups[0] if groups else 1
     if out != shape[0] or count == 0 or shape[1] % count or groups[1:] not in ([], [1]):
         raise CheckpointError(f"{reader.folder}: {clip} has shape {reader.shape(clip)}.")

@@ -56,9 +56,7 @@ def test_a_run_is_packed_verified_and_asked(run: Path, tmp_path: Path) -> None:
 
 
 def test_pack_says_what_it_cannot_hold(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        qexport.QexportError, match=r"Formats that hold the model exactly: .*native"
-    ):
+    with pytest.raises(qexport.QexportError, match=r"Formats that hold it exactly: .*native"):
         qexport.pack(run, tmp_path / "out", "gguf", type="q3_k")
     assert not (tmp_path / "out").exists()
 

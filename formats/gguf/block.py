@@ -46,7 +46,7 @@ class Decoded:
     minimum: Tensor | None = None
     values: tuple[float, ...] | None = None
 
-    def dequantize(self) -> Tensor:
+    def weights(self) -> Tensor:
         """float32 [out, in], in the order of operations of ggml."""
         if self.values is not None:
             book = torch.tensor(self.values)[self.codes.to(torch.int32)]

@@ -114,7 +114,7 @@ def _decoded(file: GgufFile, name: str, block: Block, shape: tuple[int, int]) ->
 def _load_rounded(
     file: GgufFile, name: str, block: Block, shape: tuple[int, int], rows: Rows
 ) -> Tensor:
-    parts = [decoded.dequantize() for decoded in _decoded(file, name, block, shape)]
+    parts = [decoded.weights() for decoded in _decoded(file, name, block, shape)]
     tensor = rows.from_file(name, torch.cat(parts))
     assert isinstance(tensor, Tensor)
     return tensor

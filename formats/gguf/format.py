@@ -123,16 +123,17 @@ class Gguf(Format):
 
     def differences(self, source: Checkpoint, artefact: Checkpoint) -> list[str]:
         """Metadata of the file, tokenizer included, that is not what the source says."""
-        if source.make_tokenizer is not None:  # a GGUF file itself, whose tokenizer was converted
-            return []
         file = GgufFile(_only_file(artefact.folder))
-        expected = {
-            **hparams(source.config),
-            **vocabulary(source.folder, _vocabulary_size(source)),
-        }
-        arch = family_of(source.config).arch
-        said = {key for key in file if key.startswith((f"{arch}.", "tokenizer."))}
-        found = [key for key in said | set(expected) if not _says(file, key, expected.get(key))]
+        theirs = GgufFile(_only_file(source.folder)) if source.layout == self.name else None
+        expected = {**hparams(source.config), **_vocabulary(source)}
+        parts = (f"{family_of(source.config).arch}.", "tokenizer.")
+        said = {key for one in (file, *([theirs] if theirs else ())) for key in one}
+        found = [
+            key
+            for key in {key for key in said if key.startswith(parts)} | set(expected)
+            if not _says(file, key, expected.get(key))
+            and not (theirs and _alike(file, theirs, key))
+        ]
         factors = rope_tensors(source.config)
         there = {*factors, *(name for name in ROPE_TENSORS if name in file.tensors)}
         found += [n for n in there if n not in factors or not _holds(file, n, factors[n])]
@@ -141,6 +142,11 @@ class Gguf(Format):
 
 def _says(file: GgufFile, key: str, value: Value | None) -> bool:
     return value is not None and file.raw(key) == value.encode()
+
+
+def _alike(file: GgufFile, other: GgufFile, key: str) -> bool:
+    """Whether two files say the same; one that lacks what the other has says something else."""
+    return (key in file) == (key in other) and (key not in file or file.raw(key) == other.raw(key))
 
 
 def _holds(file: GgufFile, name: str, values: Tensor) -> bool:
@@ -245,7 +251,10 @@ def _metadata(
 
 def _vocabulary_size(source: Checkpoint) -> int:
     """As config.json has it. Raises CheckpointError where the embeddings are not as many."""
-    said, rows = source.config["vocab_size"], source.entries["model.embed_tokens.weight"].shape[0]
+    embeddings = source.entries.get("model.embed_tokens.weight")
+    if embeddings is None:
+        raise CheckpointError(f"{source.folder} has no model.embed_tokens.weight; it is not whole.")
+    said, rows = source.config["vocab_size"], embeddings.shape[0]
     if said != rows:
         raise CheckpointError(
             f"config.json's vocab_size is {str(said)[:40]}, and there are {rows} embeddings."
@@ -292,10 +301,10 @@ def _encode(
         return {theirs: stored}
     if bool(stored.isfinite().all()) < bool(ordered.isfinite().all()):
         raise RefusedError(f"{name} has values beyond the range of {dtype}; native holds them.")
-    if not options.allow_lossy and not torch.equal(stored.to(ordered.dtype), ordered):
-        raise RefusedError(
-            f"{name} does not fit {dtype} exactly; --allow-lossy rounds it.".replace("torch.", "")
-        )
+    may = name in EMBEDDINGS  # they alone
+    other = "--allow-lossy rounds it" if may else "native holds it"
+    if not (may and options.allow_lossy) and not torch.equal(stored.to(ordered.dtype), ordered):
+        raise RefusedError(f"{name} does not fit {dtype} exactly; {other}.".replace("torch.", ""))
     return {theirs: stored}
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from qexport.errors import CheckpointError, RefusedError
 from qexport.formats.gguf.container import GgufFile, Value
 from qexport.formats.gguf.names import FAMILIES, Family, Rows
+from qexport.llama_like import minicpm_scales
 
 __all__ = ["ROPE_TENSORS", "config_of", "family_of", "hparams", "rope_tensors", "rows_of"]
 
@@ -73,10 +74,11 @@ def hparams(config: dict[str, Any]) -> dict[str, Value]:
         **_rope_scaling(config),
     }
     if arch == "minicpm":
-        depth = _number(config, "scale_depth") / math.sqrt(_whole(config, "num_hidden_layers"))
-        values["embedding_scale"] = Value("f32", _number(config, "scale_emb"))
-        values["residual_scale"] = Value("f32", depth)
-        values["logit_scale"] = Value("f32", hidden / _number(config, "dim_model_base"))
+        layers = _whole(config, "num_hidden_layers")
+        embeddings, residual, logits = minicpm_scales(config, layers)
+        values["embedding_scale"] = Value("f32", embeddings)
+        values["residual_scale"] = Value("f32", 1.0 if residual is None else residual)
+        values["logit_scale"] = Value("f32", 1 / logits)
     return {f"{arch}.{key}": value for key, value in values.items()}
 
 
@@ -227,9 +229,8 @@ def _attention_factor(config: dict[str, Any], rope: dict[str, Any]) -> float:
 
 
 def _original_length(config: dict[str, Any], rope: dict[str, Any]) -> Value:
-    key = "original_max_position_embeddings"
     known = {**config, **{k: v for k, v in rope.items() if v is not None}}
-    return Value("u32", _whole(known, key, _whole(config, "max_position_embeddings")))
+    return Value("u32", _whole(known, _LENGTH, _whole(config, "max_position_embeddings")))
 
 
 def _rope_of(file: GgufFile, arch: str) -> dict[str, Any]:
@@ -245,7 +246,7 @@ def _rope_of(file: GgufFile, arch: str) -> dict[str, Any]:
     rope["factor"] = file.number(f"{arch}.rope.scaling.factor", 1.0)
     key = f"{arch}.rope.scaling.original_context_length"
     if key in file:
-        rope["original_max_position_embeddings"] = file.integer(key)
+        rope[_LENGTH] = file.integer(key)
     return rope
 
 
@@ -263,7 +264,7 @@ def _check_factors(file: GgufFile, config: dict[str, Any]) -> None:
             "factor": float(found.max()),
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
+            _LENGTH: 8192,
         }
         if count == config["head_dim"] // 2 and torch.allclose(
             found, _llama3_factors(config, rope), rtol=1e-5
@@ -281,7 +282,7 @@ def _llama3_factors(config: dict[str, Any], rope: dict[str, Any]) -> Tensor:
     dim = _head_dim(config)
     theta, factor = (_finite(key, rope.get(key)) for key in ("rope_theta", "factor"))
     low, high = (_finite(key, rope.get(key)) for key in ("low_freq_factor", "high_freq_factor"))
-    original = _whole(rope, "original_max_position_embeddings")
+    original = _whole(rope, _LENGTH)
     if not 0 < low < high or factor <= 0 or theta <= 0:
         raise CheckpointError(f"config.json has the rotary parameters {rope!r}.")
     frequencies = 1.0 / theta ** (torch.arange(0, dim, 2).float() / dim)

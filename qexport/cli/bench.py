@@ -107,7 +107,9 @@ Examples:
 
 
 @command.command(cls=Command, epilog=_KERNELS)
-@click.option("--bits", default="2,3,4", show_default=True, help="1, 1.58, 2, 3, 4 or 8; several.")
+@click.option(
+    "--bits", default="2,3,4", show_default=True, help="1, 1.58, 2, 3, 4, 5, 6 or 8; several."
+)
 @click.option("--group-size", default=128, show_default=True, help="-1 is one scale per channel.")
 @click.option(
     "--shape", "shapes", multiple=True, default=("4096x4096",), help="OUTxIN; repeatable."
@@ -222,7 +224,7 @@ def _end_with(failures: list[str]) -> None:
 
 def _shape(text: str) -> tuple[int, int]:
     out, _, inputs = text.partition("x")
-    if not (out.isdigit() and inputs.isdigit() and 0 < int(out) * int(inputs) < 1 << 31):
+    if not (out.isdecimal() and inputs.isdecimal() and 0 < int(out) * int(inputs) < 1 << 31):
         raise InputError(f"--shape {text}: give rows and inputs, as in 4096x4096.")
     return int(out), int(inputs)
 

@@ -1,6 +1,7 @@
 """What the commands share: the command class with --config, and where output goes."""
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,7 +60,7 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
 
     try:
         values = _loaded(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise click.UsageError(f"{path} is not valid YAML: {reason}", ctx) from error
     if not isinstance(values, dict):
@@ -143,8 +144,16 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 
 
 def print_json(value: Any) -> None:
-    """A result for machines, on stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    """A result for machines, on stdout; JSON has no infinity and no NaN, and gets null."""
+    click.echo(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def progress_console() -> "Console":

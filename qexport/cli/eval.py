@@ -31,7 +31,8 @@ def command(
     dtype: str,
     as_json: bool,
 ) -> None:
-    """Measure the perplexity of PATH, token-weighted over non-overlapping windows.
+    """Measure the perplexity of PATH, token-weighted over windows that share one
+    token: each is predicted once.
 
     Figures whose `tokens_sha256` is equal were measured on the same tokens.
     """
@@ -43,9 +44,8 @@ def command(
         raise click.UsageError("--window is less than 1.", click.get_current_context())
     model, tokenizer, _ = open_model(path, dtype)
     other = open_model(reference, dtype)[0] if reference is not None else None
-    tokens = tokenize(list(documents(data, "eval", tokenizer)), tokenizer)
-    if max_tokens is not None:
-        tokens = tokens[: max_tokens + 1]
+    limit = None if max_tokens is None else max_tokens + 1
+    tokens = tokenize(documents(data, "eval", tokenizer), tokenizer, limit)
     console = progress_console()
     with console.status("evaluating") as status:
         result = evaluate(

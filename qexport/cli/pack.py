@@ -79,7 +79,7 @@ def command(
     # torch reads it as it allocates for the first time: pages of 2 MiB, a fifth less time
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from qexport.formats import Options, format_named, open_checkpoint
-    from qexport.formats.pack import check_output, holdings, pack, plan
+    from qexport.formats.pack import check_output, holdings, pack, rehearse
 
     target = format_named(format)
     if output.suffix == ".gguf":
@@ -89,9 +89,7 @@ def command(
     options = Options(bits, block and block.upper(), embeddings, allow_lossy)
     source = open_checkpoint(run)
     if dry_run:
-        verdicts = plan(source, target, options)
-        target.layout(source, verdicts, options)  # what it cannot say is refused now, too
-        held = holdings(source, verdicts)
+        held = holdings(source, rehearse(source, target, options))
         if as_json:
             print_json({"format": format, "held": held})
         else:

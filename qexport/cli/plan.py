@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qexport.cli.common import Command, Numbers, json_option, print_json, progress_console, size
-from qexport.cli.schemes import BITS, scheme_of
+from qexport.cli.schemes import scheme_of
 from qexport.errors import InputError, UnsupportedError
+from qexport.widths import GRID_OF
 
 if TYPE_CHECKING:
     from qexport.grid import Scheme
@@ -35,8 +36,8 @@ _MEASURED = "measured with random weights"
 
 @click.command(cls=Command, epilog=_EPILOG)
 @click.argument("model")
-@click.option("--bits", type=click.Choice(list(BITS)), help="Width of a weight; or --for.")
-@click.option("--group-size", default=-1, help="Inputs that share a scale; -1 is per channel.")
+@click.option("--bits", type=click.Choice(list(GRID_OF)), help="Width of a weight; or --for.")
+@click.option("--group-size", type=int, help="Inputs that share a scale; default -1, per channel.")
 @click.option("--gpu", metavar="NAME", help="See below; `here` measures this machine's.")
 @click.option("--cpu", metavar="NAME", help="The same.")
 @click.option(
@@ -53,7 +54,7 @@ _MEASURED = "measured with random weights"
 def command(
     model: str,
     bits: str | None,
-    group_size: int,
+    group_size: int | None,
     gpu: str | None,
     cpu: str | None,
     purpose: str | None,
@@ -80,6 +81,8 @@ def command(
     from qexport.runtime.plan import Model, reckon, with_times
 
     _check(gpu, cpu, bits, purpose, plot)
+    if purpose is not None and group_size is not None:
+        raise InputError("--for recommends groups too; leave --group-size out, or give --bits.")
     gpu, cpu = (name and name.lower() for name in (gpu, cpu))
     fields = read_config(local_folder(model, ["config.json"]))
     config = decoder_config(fields)
@@ -91,8 +94,8 @@ def command(
     hardware = _hardware(gpu, cpu)
     advice = None if purpose is None else advise(purpose, dims, hardware, context)
     if advice is not None:
-        bits, group_size = advice.bits or "4", advice.group_size or -1
-    scheme = scheme_of(bits or "4", group_size)
+        bits, group_size = advice.bits or "4", advice.group_size
+    scheme = scheme_of(bits or "4", -1 if group_size is None else group_size)
     dims.check(scheme)
     here = _HERE in (gpu, cpu)
     batches = batch or ((1, 2, 4, 8, 16, 32) if here else tuple(1 << n for n in range(11)))

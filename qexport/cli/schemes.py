@@ -3,24 +3,20 @@
 from typing import TYPE_CHECKING
 
 from qexport.errors import InputError
+from qexport.widths import GRID_OF
 
 if TYPE_CHECKING:
     from qexport.grid import Scheme
 
-__all__ = ["BITS", "scheme_of"]
-
-BITS = {
-    **{"1": "binary", "1.58": "ternary", "2": "seq2", "3": "int3", "4": "int4"},
-    **{"5": "int5", "6": "int6", "8": "int8"},
-}
+__all__ = ["scheme_of"]
 
 
 def scheme_of(bits: str, group_size: int) -> "Scheme":
     """Raises InputError for a width or a group that there is not; -1 is one scale per channel."""
     from qexport.grid import GRIDS, Scheme
 
-    if bits not in BITS:
-        raise InputError(f"--bits {bits}: there are {', '.join(BITS)}.")
+    if bits not in GRID_OF:
+        raise InputError(f"--bits {bits}: there are {', '.join(GRID_OF)}.")
     if group_size < 1 and group_size != -1:
         raise InputError("--group-size is positive, or -1 for one scale per channel.")
-    return Scheme(GRIDS[BITS[bits]], None if group_size == -1 else group_size)
+    return Scheme(GRIDS[GRID_OF[bits][0]], None if group_size == -1 else group_size)

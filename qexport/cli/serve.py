@@ -39,7 +39,7 @@ _HERE = ("127.0.0.1", "localhost", "::1")
 @click.option(
     "--api-key-file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="A file with a key on each line; # begins a comment.",
+    help="A file with a key on each line; lines that begin with # are none.",
 )
 @click.option("--insecure", is_flag=True, help="Serve other machines without a key.")
 @click.option("--allowed-host", multiple=True, help="A name that requests may be for; repeatable.")
@@ -121,7 +121,10 @@ def _keys(given: tuple[str, ...], file: Path | None) -> list[str]:
     """Keys of the options and the file. Raises InputError for an empty one."""
     keys = list(given)
     if file is not None:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError):
+            raise InputError(f"{file} is no text of keys, one on each line.") from None
         keys += [line.strip() for line in lines if line.strip() and line.strip()[0] != "#"]
         if not keys:
             raise InputError(f"{file} holds no key.")

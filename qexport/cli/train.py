@@ -160,7 +160,7 @@ def command(model: str | None, smoke: bool, dry_run: bool, as_json: bool, **opti
     """
     if smoke:
         source = click.get_current_context().get_parameter_source
-        if model or any(source(name) == ParameterSource.COMMANDLINE for name in options):
+        if model or dry_run or any(source(name) == ParameterSource.COMMANDLINE for name in options):
             raise click.UsageError("--smoke has a model and options of its own; leave yours out.")
         _smoke(as_json)
         return

@@ -26,8 +26,9 @@ from qexport.selection import (
     target_bits,
 )
 from qexport.settings import as_given
+from qexport.widths import GRID_OF
 
-__all__ = ["GRID_OF", "METHODS", "ROUNDINGS", "Method", "QuantizeConfig"]
+__all__ = ["METHODS", "ROUNDINGS", "Method", "QuantizeConfig"]
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,6 @@ METHODS = {
     "nf4": Method(looks=False),
 }
 ROUNDINGS = ("rtn", "gptq")  # methods that a layer may have for itself
-GRID_OF = {  # by width, symmetric and not
-    **{"1": ("binary", None), "1.58": ("ternary", None), "2": ("seq2", "uint2")},
-    **{"3": ("int3", "uint3"), "4": ("int4", "uint4"), "5": ("int5", None)},
-    **{"6": ("int6", None), "8": ("int8", "uint8")},
-}
 _K_GRIDS = {f"{block.grid.bits}": block for block in K_QUANTS.values()}
 # where a row is no whole number of super-blocks: grids of GGUF's blocks of 32
 _K_BESIDE = {"2": IQ4_NL, "3": IQ4_NL, "4": IQ4_NL, "5": INT5, "6": INT8}

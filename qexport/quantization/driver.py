@@ -36,7 +36,7 @@ from qexport.ranks import barrier, is_main, join, rank, world_size
 from qexport.run_folder import BLOCKS, DONE, claimed, finished, publish_run, stage_run
 from qexport.run_tensors import code_parts, code_tensors
 from qexport.shards import Parts
-from qexport.source import check_names, dense_source, stored_dtype
+from qexport.source import as_stored, check_names, dense_source, rounded, stored_dtype
 
 __all__ = ["quantize_model"]
 
@@ -158,6 +158,8 @@ def _announce(console: Console, config: QuantizeConfig, job: _Job) -> None:
         what = f"{config.target_bpw:g} bits per weight"
     text = "no text" if job.windows is None else f"{job.windows.numel():,} tokens"
     console.print(f"{config.method} of {len(job.modules)} layers to {what}, by {text}")
+    if (said := rounded(job.source, job.stored)) is not None:
+        console.print(said)
 
 
 def _progress(run: Path) -> bool:
@@ -230,7 +232,7 @@ class _Quantizer:
         self._folder = folder
         self._console = console
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._blocks = Blocks(job.source, job.stored, self._device)
+        self._blocks = Blocks(job.source, job.stored, self._device, job.modules.get)
         self._precision = precision_of(config.precision)
         self._windows = None if job.windows is None else job.windows[rank() :: world_size()]
         count = 0 if self._windows is None else len(self._windows)
@@ -354,7 +356,7 @@ def _tensors(job: _Job, folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
     for name in job.parts():
         if name not in written:
-            yield name, job.source.dense(name).to(job.stored)
+            yield name, as_stored(name, job.source.dense(name), job.stored)
 
 
 def _results(config: QuantizeConfig, job: _Job, folder: Path) -> dict[str, Any]:

@@ -47,7 +47,10 @@ def tie(block: nn.Module, stage: str) -> Callable[[Tensor], Tensor] | None:
 
 @torch.no_grad()
 def _multiplies(norm: Any) -> bool:
-    """Whether a norm's output is a multiple of its weight: Gemma's is of one more than that."""
+    """Whether a norm's output is a multiple of its weight: Gemma's is of one more than that, and
+    OLMo's has none."""
+    if getattr(norm, "weight", None) is None:
+        return False
     x = torch.linspace(-1, 1, norm.weight.numel(), device=norm.weight.device)[None]
     twice = copy.deepcopy(norm)
     twice.weight.mul_(2)

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from qexport.blocks import Blocks, Stream
 from qexport.checkpoint import Checkpoint
 from qexport.run_folder import BLOCKS, held_out_results
+from qexport.source import as_stored
 from qexport.training.block import prepared_block
 from qexport.training.config import TrainConfig
 from qexport.training.held_out import batches, summed_loss
@@ -30,7 +31,7 @@ def block_tensors(
             yield blocks.name(index) + name, value
     for name in names:
         if not name.startswith("model.layers."):
-            yield name, source.dense(name).to(stored)
+            yield name, as_stored(name, source.dense(name), stored)
 
 
 def _trained_blocks(

@@ -101,7 +101,7 @@ def train_blocks(
         prepare(block, own, scale_init, stored, settings.gradient, settings.fused)
         if settings.compensated:
             some = min(settings.compensated, len(windows))
-            _compensate(passage("quantized", index, block, some))
+            _compensate(passage("quantized", index, block, some), scale_init)
         through = passage("quantized", index, block, len(windows))
         before, after = _train(through, targets, settings)
         if not math.isfinite(after):
@@ -170,7 +170,7 @@ def _parameters(folder: Path, index: int) -> dict[str, Tensor]:
 def _done(folder: Path) -> int:
     try:
         return int(json.loads((folder / DONE).read_text(encoding="utf-8"))["done"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return 0
 
 
@@ -180,7 +180,7 @@ def parts(count: int, size: int) -> Iterator[slice]:
 
 
 @torch.no_grad()
-def _compensate(passage: Passage) -> None:
+def _compensate(passage: Passage, scale_init: Literal["paper", "mse"]) -> None:
     """Begin with GPTQ's codes: each layer's, by what the ones before it make of the inputs."""
     for names in STAGES:
         found = passage.look(names[:1], settled=True)
@@ -193,7 +193,7 @@ def _compensate(passage: Passage) -> None:
                 continue
             reader, master = chain[0], chain.original
             weights = importance(seen.hessian)
-            reader.alpha.copy_(initial_alpha(master, reader.scheme, "mse", weights))
+            reader.alpha.copy_(initial_alpha(master, reader.scheme, scale_init, weights))
             fit = Fit(effective_scale(reader.alpha, reader.scheme))
             master.copy_(compensate(master, seen, fit, reader.scheme))
     passage.forget()

@@ -9,6 +9,8 @@ memory.
 """
 
 import json
+import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -138,13 +140,9 @@ class CachedTeacher:
     def __init__(self, folder: Path, windows: int, length: int, count: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        shape, size = (windows, length, count), windows * length * count
-        self._tokens = torch.from_file(
-            str(folder / "tokens.bin"), shared=True, size=size, dtype=torch.int32
-        ).view(shape)
-        self._probabilities = torch.from_file(
-            str(folder / "probabilities.bin"), shared=True, size=size, dtype=torch.float16
-        ).view(shape)
+        shape = windows, length, count
+        self._tokens = _mapped(folder / "tokens.bin", shape, torch.int32)
+        self._probabilities = _mapped(folder / "probabilities.bin", shape, torch.float16)
 
     def fill(
         self, order: Sequence[int], rows: Tensor, asked: Teacher, batch_size: int
@@ -171,5 +169,13 @@ class CachedTeacher:
     def _done(self) -> int:
         try:
             return int(json.loads((self._folder / _DONE).read_text(encoding="utf-8"))["done"])
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return 0
+
+
+def _mapped(path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+    """Memory that is a file's, all of which is there: a full disk is an error here, no signal."""
+    size = math.prod(shape)
+    with path.open("ab") as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, size * dtype.itemsize))
+    return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)

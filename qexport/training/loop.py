@@ -30,7 +30,7 @@ from qexport.run_folder import (
     stage_run,
 )
 from qexport.selection import DENSE
-from qexport.source import check_names, dense_source, stored_dtype
+from qexport.source import check_names, dense_source, rounded, stored_dtype
 from qexport.training import state
 from qexport.training.alone import block_results, block_tensors
 from qexport.training.block import load_blocks
@@ -254,6 +254,8 @@ def _announce(console: Console, config: TrainConfig, job: _Job) -> None:
         f"{max_steps * config.tokens_per_step / training.numel():.2f} passes",
         highlight=False,
     )
+    if (said := rounded(job.source, job.stored)) is not None:
+        console.print(said)
 
 
 def _results(

@@ -35,7 +35,7 @@ def start_by_blocks(
 ) -> None:
     """Train every block by itself; what comes of it stands in the run's folder."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    blocks = Blocks(source, stored, device)
+    blocks = Blocks(source, stored, device, config.scheme_of)
     settings = BlockSettings(
         epochs=config.settings.block_epochs,
         compensated=min(config.settings.block_compensated, config.settings.block_windows),

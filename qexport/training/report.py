@@ -5,6 +5,7 @@ models one block at a time is held.
 """
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -131,10 +132,14 @@ def _page(found: dict[str, Any]) -> Page:
         rate = results["tokens"] / results["train_runtime"]
         facts["end to end"] = f"{results['train_runtime']:.0f} s, {rate:,.0f} tokens/s"
     charts = []
-    if len(history) > 1:
-        line = [(row["step"], row["loss"]) for row in history if row["loss"] > 0]
+    line = [(row["step"], row["loss"]) for row in history if 0 < row["loss"] < math.inf]
+    if len(line) > 1:
         charts.append(line_chart("Loss", "step", "loss", {"training": line}, linear="x"))
-    errors = [(index + 1, error) for index, error in enumerate(found["block_errors"]) if error > 0]
+    errors = [
+        (index + 1, error)
+        for index, error in enumerate(found["block_errors"])
+        if 0 < error < math.inf
+    ]
     if errors:
         charts.append(
             line_chart("Error of outputs", "block", "of its norm", {"run": errors}, linear="xy")

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
 from qexport.blocks import Blocks
 from qexport.checkpoint import Checkpoint
-from qexport.modelling import meta_model
+from qexport.modelling import allocate, meta_model
 from qexport.ranks import world_size
 from qexport.training.block import prepared_block
 from qexport.training.config import TrainConfig
@@ -64,7 +64,7 @@ def _fill_rest(model: Any, source: Checkpoint, stored: torch.dtype, device: torc
     if not tied:
         places["lm_head"] = model.lm_head
     for prefix, module in places.items():
-        module.to_empty(device=device)
+        allocate(model, module, device)
         with torch.no_grad():
             for name, parameter in module.named_parameters():
                 parameter.copy_(source.dense(f"{prefix}.{name}").float())

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qexport.cache import cache_folder
-from qexport.data import Document, Split, documents, is_held_out, marked_documents
+from qexport.data import Document, Split, documents, hub_revision, is_held_out, marked_documents
 from qexport.errors import DataError, QexportError
 from qexport.output import write_json
 
@@ -107,6 +107,8 @@ def _digest(request: Request, tokenizer: Any) -> str:
         from platform import python_version
 
         state.append(python_version())
+    else:  # a dataset of the hub; without a network, that which was read last
+        state.append(hub_revision(request.source))
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = tokenizer.get_vocab() if backend is None else backend.to_str()
     state += [words, str(tokenizer.chat_template), tokenizer.special_tokens_map]

@@ -382,6 +382,7 @@ def test_config_files(cli: Cli, tiny_model: Path, place: Path) -> None:
     for content, message in (
         ("bitz: 3", "bitz is not an option"),
         ("a: [", "not valid YAML"),
+        ("seed: 2020-13-45", "not valid YAML"),
         ("bits: 3\nbits: 4", "bits stands twice in it"),
     ):
         (place / "a.yaml").write_text(content)

@@ -32,7 +32,7 @@ def random_blocks(block: Block, rows: int, per_row: int, seed: int) -> np.ndarra
     rng = np.random.default_rng(seed)
     raw = rng.integers(0, 256, (rows, per_row, block.bytes), dtype=np.uint8)
     decoded = block.decode(torch.from_numpy(raw))
-    bad = ~decoded.dequantize().isfinite().view(rows, per_row, -1).all(-1).numpy()
+    bad = ~decoded.weights().isfinite().view(rows, per_row, -1).all(-1).numpy()
     raw[bad] = 0
     return raw
 

@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+import qexport.hf  # noqa: F401  # registers the native format
 from qexport.errors import CheckpointError
 from qexport.formats import FORMATS, Options, detect, open_checkpoint
 from qexport.formats.gguf.container import GgufFile
 from qexport.formats.pack import pack
+from tests.conftest import Runs
 from tests.formats.gguf_files import foreign_file
 from tests.formats.models import decoder_layer, taken_by
 from tests.fuzz import fuzz
@@ -317,3 +320,51 @@ def test_a_vocabulary_that_is_not_the_embeddings(tiny_model: Path, tmp_path: Pat
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 2**31 - 1}))
     with pytest.raises(CheckpointError, match="vocab_size is 2147483647, and there are"):
         pack(open_checkpoint(folder), FORMATS["gguf"], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [({"num_bits": 4}, "int4"), ({"symmetric": False}, "uint8")]
+)
+def test_other_grids_held_as_int8(
+    tiny_model: Path, tmp_path: Path, change: dict[str, object], said: str
+) -> None:
+    """`int-quantized` has int8 weights, whatever its config says of them."""
+    source = decoder_layer(tiny_model, "int8", 64, None)
+    pack(source, FORMATS["int-quantized"], tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"].update(change)
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"is {said} held as int8"):
+        open_checkpoint(tmp_path / "out")
+
+
+def test_zero_points_beyond_the_grid(tiny_model: Path, tmp_path: Path) -> None:
+    source = decoder_layer(tiny_model, "uint4", 64, 32)
+    pack(source, FORMATS["native"], tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith(".zeros"))
+    tensors[name][1, 1] = 16
+    save_file(tensors, path)
+    module = name.removesuffix(".zeros")
+    with pytest.raises(CheckpointError, match="holds zero point 16, and uint4 has 16 levels"):
+        open_checkpoint(tmp_path / "out").quantized(f"{module}.weight")
+
+
+def test_transformers_is_given_no_code_beyond_the_grid(runs: Runs, tmp_path: Path) -> None:
+    pack(open_checkpoint(runs("1.58")), FORMATS["native"], tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith(".qweight"))
+    tensors[name][0, 0] |= 3
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match="holds code 3, and ternary has 3 levels"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+
+
+def test_a_format_without_embeddings(tiny_model: Path, tmp_path: Path) -> None:
+    source = decoder_layer(tiny_model, "int4", 64, 32)
+    del source.entries["model.embed_tokens.weight"]
+    with pytest.raises(CheckpointError, match="has no model.embed_tokens.weight"):
+        pack(source, FORMATS["gguf"], tmp_path / "out")

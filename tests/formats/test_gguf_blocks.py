@@ -21,7 +21,7 @@ from tests.formats.gguf_files import KNOWN, random_blocks
 @pytest.mark.parametrize("name", KNOWN)
 def test_blocks_are_read_as_gguf_py_reads_them(name: str) -> None:
     raw = random_blocks(BLOCKS[name], 16, 8, 1)
-    mine = BLOCKS[name].decode(torch.from_numpy(raw)).dequantize().numpy()
+    mine = BLOCKS[name].decode(torch.from_numpy(raw)).weights().numpy()
     theirs = dequantize(raw.reshape(16, -1), gguf.GGMLQuantizationType[name])
     assert np.array_equal(mine.view(np.uint32), theirs.view(np.uint32))
 
@@ -31,7 +31,7 @@ def test_blocks_are_read_as_gguf_py_reads_them(name: str) -> None:
 )
 def test_blocks_that_gguf_py_lacks(name: str, decode: Callable[..., Any]) -> None:
     raw = random_blocks(BLOCKS[name], 4, 8, 2)
-    mine = BLOCKS[name].decode(torch.from_numpy(raw)).dequantize().numpy()
+    mine = BLOCKS[name].decode(torch.from_numpy(raw)).weights().numpy()
     theirs = decode(raw.reshape(-1, BLOCKS[name].bytes)).reshape(4, -1)
     assert np.array_equal(mine.view(np.uint32), theirs.view(np.uint32))
 
@@ -77,7 +77,7 @@ def test_blocks_give_back_every_code(name: str, seed: int) -> None:
             units = torch.tensor(grid.values)[codes.int()]
         expected = units * scales.float().unsqueeze(-1)
         assert torch.equal(decoded.codes, codes.view(2, -1))
-        assert torch.equal(decoded.dequantize(), expected.view(2, -1))
+        assert torch.equal(decoded.weights(), expected.view(2, -1))
 
 
 @pytest.mark.parametrize(("round_to", "name"), [(round_to_q8_0, "Q8_0"), (round_to_q6_k, "Q6_K")])

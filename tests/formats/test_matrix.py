@@ -78,7 +78,7 @@ def test_the_verdict_is_what_the_bytes_prove(
     verdict = FORMATS[form].verdict(scheme, shape, Options())
     if verdict.kind(scheme) == "refused":
         assert verdict.reason
-        with pytest.raises(RefusedError, match="Formats that hold the model exactly: native"):
+        with pytest.raises(RefusedError, match="Formats that hold it exactly: native"):
             pack(source, FORMATS[form], tmp_path / "out")
         assert not any(tmp_path.iterdir())
         return

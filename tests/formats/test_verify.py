@@ -1,6 +1,8 @@
 """`verify` must find every kind of difference, however small."""
 
 import json
+import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -175,3 +177,31 @@ def test_a_lone_gguf_file_is_verified(runs: Runs, tmp_path: Path) -> None:
     (tmp_path / "out" / "model.gguf").rename(lone)
     assert verify(source, open_checkpoint(lone)).exact
     assert not verify(open_checkpoint(runs("4", 64)), open_checkpoint(lone)).exact
+
+
+def test_gguf_files_that_compute_otherwise_differ(runs: Runs, tmp_path: Path) -> None:
+    """Metadata and tokenizer are compared between two files as between a run and a file."""
+    pack(open_checkpoint(runs("4")), FORMATS["gguf"], tmp_path / "out")
+    one, other = tmp_path / "one.gguf", tmp_path / "other.gguf"
+    (tmp_path / "out" / "model.gguf").rename(one)
+    shutil.copy(one, other)
+    assert verify(open_checkpoint(one), open_checkpoint(other)).exact
+    for key, value in (("llama.rope.freq_base", 5e5), ("tokenizer.ggml.eos_token_id", 3)):
+        raw = one.read_bytes()
+        at = raw.index(key.encode()) + len(key) + 4
+        new = struct.pack("<f" if isinstance(value, float) else "<I", value)
+        other.write_bytes(raw[:at] + new + raw[at + 4 :])
+        report = verify(open_checkpoint(one), open_checkpoint(other))
+        assert report.differing_files == [key]
+
+
+def test_a_tokenizer_that_came_from_a_gguf_file_is_compared(runs: Runs, tmp_path: Path) -> None:
+    pack(open_checkpoint(runs("4")), FORMATS["gguf"], tmp_path / "out")
+    source = open_checkpoint(tmp_path / "out" / "model.gguf")
+    pack(source, FORMATS["native"], tmp_path / "native")
+    assert verify(source, open_checkpoint(tmp_path / "native")).exact
+    path = tmp_path / "native" / "tokenizer.json"
+    path.write_text(path.read_text().replace('"merges"', '"Merges"', 1))
+    assert verify(source, open_checkpoint(tmp_path / "native")).differing_files == [
+        "tokenizer.json"
+    ]

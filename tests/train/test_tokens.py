@@ -81,6 +81,26 @@ def test_made_once_and_again_when_anything_changes(
     assert not list(cache.glob(".making-*"))
 
 
+def test_a_dataset_that_has_changed_on_the_hub(
+    tokenizer: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "before"
+
+    def read(*_: Any) -> list[str]:
+        return [f"{text} {number}" for number in range(99)]
+
+    monkeypatch.setattr("qexport.training.tokens.documents", read)
+    versions = iter(["a", "b", "b"])
+    monkeypatch.setattr("qexport.training.tokens.hub_revision", lambda _: next(versions))
+    before, _ = tokens_of(Request("some/dataset"), tokenizer, quiet)
+    text = "after"
+    after, _ = tokens_of(Request("some/dataset"), tokenizer, quiet)
+    assert not torch.equal(before.ids, after.ids)
+    text = "not read"
+    again, _ = tokens_of(Request("some/dataset"), tokenizer, quiet)
+    assert torch.equal(after.ids, again.ids)
+
+
 def test_a_folder_of_files_is_looked_into(tmp_path: Path, tokenizer: Any) -> None:
     """As a dataset; another file in it is another text."""
     folder = tmp_path / "dataset"

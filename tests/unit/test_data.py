@@ -1,4 +1,5 @@
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,12 @@ def test_a_model_is_no_dataset(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="is a folder without data"):
         list(documents(str(tmp_path), "train", tokenizer))
+
+
+def test_no_more_is_read_than_is_wanted(tokenizer: Any) -> None:
+    def endless() -> Iterator[str]:
+        while True:
+            yield "again and again"
+
+    whole = tokenize(["again and again"] * 10, tokenizer)
+    assert torch.equal(tokenize(endless(), tokenizer, 33), whole[:33])
