@@ -61,6 +61,11 @@ def test_pack_says_what_it_cannot_hold(run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_pack_takes_no_words_that_it_does_not_know(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(qexport.QexportError, match="--embeddings q4_0: there are exact, f16"):
+        qexport.pack(run, tmp_path / "out", "gguf", embeddings="q4_0")
+
+
 def test_verify_tells_another_run(run: Path, runs: "object", tmp_path: Path) -> None:
     other = runs("3")  # type: ignore[operator]
     qexport.pack(run, tmp_path / "packed", "gptq", bits=4)

@@ -6,6 +6,7 @@ from tests.conftest import Cli
 
 
 def test_smoke(cli: Cli) -> None:
+    assert cli("train", "--smoke", "--dry-run").returncode == 2
     refused = cli("train", "--smoke", "--bits", "2")
     assert refused.returncode == 2 and "options of its own" in refused.stderr
     result = cli("train", "--smoke", "--json")

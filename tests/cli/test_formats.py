@@ -1,9 +1,11 @@
 """`qexport formats`, the options of pack, and what is written beside the weights."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from qexport.formats import FORMATS
 from tests.conftest import Cli, Runs
@@ -61,3 +63,46 @@ def test_options_of_other_formats_are_refused(cli: Cli, runs: Runs, tmp_path: Pa
     assert result.returncode == 1
     assert "Q2_K wants groups of a multiple of 256 inputs" in result.stderr
     assert not any(tmp_path.iterdir())
+
+
+def test_a_dry_run_refuses_what_pack_does(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
+    """Zero points of 0, say, which stand in the tensors alone."""
+    model = load_file(tiny_model / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    model[name] = model[name].abs()  # so that the lowest code is the zero point
+    dense = tmp_path / "dense"
+    shutil.copytree(tiny_model, dense)
+    save_file(model, dense / "model.safetensors", {"format": "pt"})
+    run = tmp_path / "run"
+    asked = ("--method", "rtn", "--bits", "4", "--asym", "--group-size", "32")
+    assert cli("quantize", dense, *asked, "-o", run).returncode == 0
+    for extra in ((), ("--dry-run",)):
+        result = cli("pack", run, "--format", "gptq", *extra, "-o", tmp_path / "out")
+        assert result.returncode == 1 and "gptq_v2 and awq hold them" in result.stderr
+    assert cli("pack", run, "--format", "gptq_v2", "--dry-run", "-o", "out").returncode == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_formats_that_are_named_hold_the_whole_model(
+    cli: Cli, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Two group sizes: one scheme is all that gptq, awq and humming have words for."""
+    run = tmp_path / "run"
+    mixed = ("--group-size", "32", "--module-bits", "*.mlp.*=4:64")
+    result = cli("quantize", tiny_model, "--method", "rtn", "--bits", "4", *mixed, "-o", run)
+    assert result.returncode == 0, result.stderr
+    result = cli("pack", run, "--format", "bitsandbytes", "-o", tmp_path / "out")
+    named = result.stderr.partition("hold it exactly: ")[2]
+    assert "native" in named and "compressed-tensors" in named, result.stderr
+    assert not any(form in named for form in ("gptq", "awq", "humming"))
+
+
+def test_json_has_no_infinity(cli: Cli, runs: Runs, tmp_path: Path) -> None:
+    run = runs("2")
+    assert cli("pack", run, "--format", "native", "-o", tmp_path / "out").returncode == 0
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    result = cli("verify", run, tmp_path / "out", "--json")
+    assert result.returncode == 3
+    assert json.loads(result.stdout, parse_constant=None)["largest_dense_error"] is None

@@ -225,6 +225,7 @@ LLAMA = {
         },
         {"model_type": "qwen3"},
         {"model_type": "minicpm", "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 32},
+        {"model_type": "minicpm", "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 0},
     ],
 )
 def test_hyper_parameters_go_there_and_back(tmp_path: Path, extra: dict[str, Any]) -> None:

@@ -85,5 +85,7 @@ def test_every_purpose_from_the_command(tmp_path: Path, cli: Cli) -> None:
             assert found["scheme"].startswith("int4")
     result = cli("plan", tmp_path, "--for", "cpu", "--gpu", "h100")
     assert result.returncode == 2 and "--for cpu goes with --cpu" in result.stderr
+    result = cli("plan", tmp_path, "--for", "cpu", "--cpu", "xeon-8592", "--group-size", "64")
+    assert result.returncode == 2 and "leave --group-size out" in result.stderr
     with pytest.raises(InputError):
         advise("gpu-serving", model(), CPUS["xeon-8592"], 512)

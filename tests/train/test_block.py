@@ -23,6 +23,7 @@ from qexport.training import TrainConfig, train
 from tests.forked_cli import Started, call
 from tests.runtime.families import FAMILIES, make
 
+LAYER = "model.layers.0.mlp.up_proj"
 CPU = torch.device("cpu")
 
 
@@ -67,9 +68,18 @@ def test_gptq_alone(tiny_model: Path, tmp_path: Path) -> None:
     ):
         run = tmp_path / name
         train(config(tiny_model, run, max_steps=0, **changes), Console(quiet=True))
-        runs[name] = open_checkpoint(run).quantized("model.layers.0.mlp.up_proj.weight")
+        runs[name] = open_checkpoint(run).quantized(f"{LAYER}.weight")
     share = (runs["rounded"].codes != runs["gptq"].codes).float().mean()
     assert 0.01 < float(share) < 0.5
+
+
+def test_scales_of_gptq_begin_as_is_asked_for(tiny_model: Path, tmp_path: Path) -> None:
+    found = []
+    for rule in ("paper", "mse"):
+        changes = {"phase": "block", "block_epochs": 0, "block_compensated": 8, "scale_init": rule}
+        train(config(tiny_model, tmp_path / rule, max_steps=0, **changes), Console(quiet=True))
+        found.append(open_checkpoint(tmp_path / rule).quantized(f"{LAYER}.weight").scales)
+    assert not torch.equal(*found)
 
 
 @pytest.mark.slow

@@ -125,3 +125,22 @@ def test_cached_and_live_teachers_train_alike(tiny_model: Path, tmp_path: Path) 
         assert not (tmp_path / teacher / ".teacher").exists()
     assert 0 < losses[0] < 1  # no cross-entropy in it, which is above five
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_a_run_without_a_loss_to_draw_is_a_run(tiny_model: Path, tmp_path: Path) -> None:
+    """A student that is its teacher: a divergence of 0, which no logarithmic axis has."""
+    config = TrainConfig(
+        tiny_model,
+        "builtin",
+        tmp_path / "run",
+        "16",
+        distill=1.0,
+        teacher="live",
+        teacher_top_k=0,
+        precision="fp32",
+        lr=1e-9,
+        max_steps=3,
+        max_length=16,
+    )
+    train(config, Console(quiet=True))
+    assert (tmp_path / "run" / "report.html").exists()
