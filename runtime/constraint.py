@@ -5,13 +5,18 @@ which says what tokens may come next.
 """
 
 import json
+import tempfile
+import threading
+from collections import OrderedDict
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qexport.errors import InputError, QexportError
+from qexport.runtime.worker import Worker
 
 __all__ = ["CALL_CLOSE", "CALL_OPEN", "Constraint", "Grammar", "Grammars", "check_schema"]
 
@@ -19,6 +24,8 @@ CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"  # as Hermes, Qwen and Smo
 
 _LARGEST_SCHEMA = 64 << 10  # bytes
 _DEEPEST_SCHEMA = 64
+_SECONDS, _MEMORY = 5.0, 1 << 30  # to compile a grammar
+_KEPT = 32  # grammars
 # as json.dumps writes it: where blanks are free, small models write nothing else to the end
 _FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _CALLS = """%llguidance {{}}
@@ -67,25 +74,40 @@ class Constraint:
 
 
 class Grammars:
-    """Makes grammars for a model's tokenizer (a fast one of transformers)."""
+    """Makes grammars for a model's tokenizer (a fast one of transformers).
 
-    def __init__(self, tokenizer: Any, vocabulary: int, end_tokens: frozenset[int]) -> None:
-        self._source, self._vocabulary, self._end = tokenizer, vocabulary, end_tokens
+    Each is tried in a process of its own first; those that passed are kept, the latest of them.
+    """
+
+    def __init__(
+        self, tokenizer: Any, vocabulary: int, end_tokens: frozenset[int], seconds: float = _SECONDS
+    ) -> None:
+        self._source, self._vocabulary, self._end = tokenizer, vocabulary, sorted(end_tokens)
+        self._seconds = seconds
+        self._lock = threading.Lock()
         self._tokenizer: Any = None
+        self._file: Any = None
+        self._worker: Worker | None = None
+        self._known: OrderedDict[str, Grammar] = OrderedDict()
 
     @property
     def tokenizer(self) -> Any:
         """llguidance's, made when it is first wanted: it takes a second."""
-        if self._tokenizer is None:
-            from llguidance.hf import from_tokenizer
+        with self._lock:
+            if self._tokenizer is None:
+                from llguidance.hf import from_tokenizer
 
-            ends = sorted(self._end) or None
-            self._tokenizer = from_tokenizer(self._source, self._vocabulary, ends)
-        return self._tokenizer
+                ends = self._end or None
+                self._tokenizer = from_tokenizer(self._source, self._vocabulary, ends)
+            return self._tokenizer
 
-    def json_object(self) -> Grammar:
-        """Any JSON object."""
-        return self.json_schema({"type": "object"})
+    def close(self) -> None:
+        """End the process."""
+        with self._lock:
+            if self._worker is not None:
+                self._worker.close()
+                self._file.close()
+            self._worker = None
 
     def json_schema(self, schema: Any) -> Grammar:
         """Values of a JSON schema. Raises InputError where it is too large or not understood."""
@@ -121,18 +143,42 @@ class Grammars:
 
         try:
             text = write()
-            wrong = LLMatcher.validate_grammar(text, self.tokenizer)
-            matcher = LLMatcher(self.tokenizer, text, log_level=0)
-            matcher.compute_bitmask()  # what is too much for it shows here
-            wrong = wrong or matcher.get_error()
-        except BaseException as error:  # a panic of Rust is no Exception
-            if isinstance(error, (SystemExit, KeyboardInterrupt)):
-                raise
-            wrong = str(error)
-        if wrong:
-            said = " ".join(wrong.partition("<state>")[0].split())[:300].rstrip(".")
-            raise InputError(f"the schema is not one that answers can be held to: {said}.")
-        return Grammar(matcher)
+        except ValueError as error:
+            raise _refused(str(error)) from error
+        if (known := self._known.get(text)) is not None:
+            return known
+        try:
+            tokenizer = self.tokenizer
+        except ValueError as error:  # not a fast one
+            raise _refused(str(error)) from error
+        answer = self._started().ask({"grammar": text})
+        if answer:
+            raise _refused(answer.get("wrong") or answer["error"])
+        matcher = LLMatcher(tokenizer, text, log_level=0)
+        matcher.compute_bitmask()
+        made = self._known[text] = Grammar(matcher)
+        while len(self._known) > _KEPT:
+            self._known.popitem(last=False)
+        return made
+
+    def _started(self) -> Worker:
+        with self._lock:
+            if self._worker is None:
+                self._file = tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8")
+                backend = copy(self._source.backend_tokenizer)
+                backend.no_padding()
+                backend.no_truncation()
+                self._file.write(backend.to_str())
+                self._file.flush()
+                about = self._file.name, str(self._vocabulary), ",".join(map(str, self._end))
+                module = "qexport.runtime.grammar_worker"
+                self._worker = Worker(module, self._seconds, _MEMORY, *about)
+            return self._worker
+
+
+def _refused(why: str) -> InputError:
+    said = " ".join(why.partition("<state>")[0].split())[:300].rstrip(".")
+    return InputError(f"the schema is not one that answers can be held to: {said}.")
 
 
 def check_schema(schema: Any) -> None:

@@ -4,7 +4,7 @@ import threading
 from typing import Any
 
 from qexport.errors import InputError
-from qexport.runtime.constraint import CALL_OPEN
+from qexport.runtime.constraint import CALL_OPEN, Grammars
 from qexport.runtime.engine import Engine, Ticket
 from qexport.runtime.model import Decoder
 from qexport.runtime.sampler import Sampling
@@ -35,6 +35,7 @@ class Generator:
         end = tokenizer.eos_token_id
         self.end_tokens = end_tokens | (frozenset() if end is None else {end})
         self.templates = TemplateWorker()
+        self.grammars = Grammars(tokenizer, decoder.vocabulary, self.end_tokens)
         # characters, or bytes where the vocabulary has those
         self._longest_token = max(map(len, tokenizer.get_vocab()))
         self._waiting = waiting
@@ -121,6 +122,7 @@ class Generator:
         if engine is not None:
             engine.close()
         self.templates.close()
+        self.grammars.close()
 
     def __enter__(self) -> "Generator":
         return self

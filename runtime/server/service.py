@@ -1,12 +1,11 @@
 """From a request to its answers: the model, prompts, grammars, limits."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from functools import partial
 
 from qexport.errors import InputError, QexportError
-from qexport.runtime.constraint import Grammar, Grammars
+from qexport.runtime.constraint import Grammar
 from qexport.runtime.generator import Generator
 from qexport.runtime.server.answers import Answers, Job
 from qexport.runtime.server.errors import FieldError, NoSuchModelError, UnavailableError
@@ -20,8 +19,6 @@ from qexport.runtime.server.requests import ChatRequest, GenerateRequest, Respon
 from qexport.runtime.server.tools import call_schema, must_call, offered
 
 __all__ = ["Exchange", "Service"]
-
-_COMPILE_SECONDS = 10.0  # for a grammar
 
 
 class Service:
@@ -38,10 +35,7 @@ class Service:
         waiting = limits.queue
         self.template_lane = Lane("templates", 1, waiting)  # their process does one at a time
         self.text_lane = Lane("text", 2, waiting)
-        self.grammar_lane = Lane("grammars", 2, waiting)
-        self._grammars = Grammars(
-            generator.tokenizer, generator.decoder.vocabulary, generator.end_tokens
-        )
+        self.grammar_lane = Lane("grammars", 1, waiting)  # likewise
 
     def admit(self) -> None:
         """Raise UnavailableError or QueueFullError where nothing new may begin."""
@@ -71,11 +65,11 @@ class Service:
 
     def spell(self, token: int) -> bytes:
         """A token's own bytes."""
-        return bytes(self._grammars.tokenizer.decode_bytes([token]))
+        return bytes(self.generator.grammars.tokenizer.decode_bytes([token]))
 
     async def prepare_spelling(self) -> None:
         """Make what `spell` needs, off the event loop."""
-        await self.grammar_lane.run(lambda: self._grammars.tokenizer)
+        await self.text_lane.run(lambda: self.generator.grammars.tokenizer)
 
     async def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         """Prompt tokens of a text."""
@@ -92,7 +86,8 @@ class Service:
 
     async def grammar(self, body: ChatRequest) -> Grammar | None:
         """What answers are held to. Raises FieldError for a schema that is not understood."""
-        grammars, must, tagged = self._grammars, must_call(body), self.generator.tags_calls
+        grammars, must = self.generator.grammars, must_call(body)
+        tagged = self.generator.tags_calls
         wanted: ResponseFormat | None = body.response_format
         held = wanted is not None and wanted.type != "text"
         if must is not None:
@@ -118,9 +113,7 @@ class Service:
 
     async def _compiled(self, make: Callable[[], Grammar], param: str) -> Grammar:
         try:
-            return await asyncio.wait_for(self.grammar_lane.run(make), _COMPILE_SECONDS)
-        except asyncio.TimeoutError as error:  # another class than TimeoutError before Python 3.11
-            raise FieldError(f"{param}: the schema takes too long to compile.", param) from error
+            return await self.grammar_lane.run(make)
         except InputError as error:
             raise FieldError(f"{param}: {error}", param) from error
 

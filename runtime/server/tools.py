@@ -50,20 +50,41 @@ def must_call(body: ChatRequest) -> list[Tool] | None:
 
 
 def call_schema(tools: list[Tool]) -> dict[str, Any]:
-    """The schema of {"name", "arguments"} for one call of any of these."""
-    calls = [
-        {
+    """The schema of {"name", "arguments"} for one call of any of these.
+
+    A tool's parameters may point at parts of themselves (`#/$defs/…`, as pydantic writes them):
+    such ones stand at the root, and are pointed at there.
+    """
+    calls, definitions = [], {}
+    for number, tool in enumerate(tools):
+        parameters = tool.function.parameters or {"type": "object"}
+        place = f"#/$defs/{number}"
+        moved = _pointing_to(parameters, place)
+        if moved != parameters:
+            definitions[str(number)], parameters = moved, {"$ref": place}
+        call = {
             "type": "object",
-            "properties": {
-                "name": {"const": tool.function.name},
-                "arguments": tool.function.parameters or {"type": "object"},
-            },
+            "properties": {"name": {"const": tool.function.name}, "arguments": parameters},
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
-        for tool in tools
-    ]
-    return calls[0] if len(calls) == 1 else {"anyOf": calls}
+        calls.append(call)
+    schema: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    return {**schema, "$defs": definitions} if definitions else schema
+
+
+def _pointing_to(schema: Any, place: str) -> Any:
+    """A schema whose pointers are right when it stands at `place` in another one."""
+    if isinstance(schema, list):
+        return [_pointing_to(part, place) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: place + value[1:]
+        if key == "$ref" and isinstance(value, str) and value.startswith("#")
+        else _pointing_to(value, place)
+        for key, value in schema.items()
+    }
 
 
 class ToolText:
@@ -140,6 +161,9 @@ class ToolText:
 
     def _call(self, shown: list[str], calls: list[Call]) -> bool:
         inner, closed, after = self._held.partition(CALL_CLOSE)
+        while closed and _in_a_string(inner):  # an argument may hold the very words
+            more, closed, after = after.partition(CALL_CLOSE)
+            inner += CALL_CLOSE + more
         if not closed:
             return False
         call = self._read(inner)
@@ -171,7 +195,25 @@ class ToolText:
         if not isinstance(name, str) or name not in self._names:
             return None
         arguments = value.get("arguments", value.get("parameters", {}))
+        if isinstance(arguments, str):  # some models write JSON within JSON
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError):
+                return None
+        if not isinstance(arguments, dict):
+            return None
         return Call(name, json.dumps(arguments, ensure_ascii=False))
+
+
+def _in_a_string(text: str) -> bool:
+    """Whether this is the beginning of a JSON value, up to somewhere in one of its strings."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.msg.startswith("Unterminated string")
+    except RecursionError:
+        pass
+    return False
 
 
 def _opening(text: str) -> int:

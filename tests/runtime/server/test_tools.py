@@ -1,6 +1,8 @@
 """Calls of tools in a model's text, however it comes, and what grammars let through."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,18 @@ from qexport.runtime.server.tools import call_schema
 
 CALL = '{"name": "weather", "arguments": {"city": "Rome"}}'
 OTHER = '{"name": "clock", "parameters": {}}'
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[[Any], Grammars]]:
+    """Grammars of a tokenizer, whose process ends with the test."""
+    with ExitStack() as stack:
+
+        def opened(tokenizer: Any) -> Grammars:
+            ends = frozenset([tokenizer.eos_token_id])
+            return stack.enter_context(closing(Grammars(tokenizer, len(tokenizer), ends)))
+
+        yield opened
 
 
 def tagged(call: str) -> str:
@@ -106,12 +120,14 @@ def test_a_call_that_is_cut_is_a_call_all_the_same() -> None:
         assert [(call.name, call.arguments) for call in delta.calls] == [("weather", CALL[33:40])]
 
 
-def test_grammars_leave_no_room_for_blanks(tiny_model: Path) -> None:
+def test_grammars_leave_no_room_for_blanks(
+    tiny_model: Path, opened: Callable[[Any], Grammars]
+) -> None:
     """Small models fill it to the end of their tokens."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    grammars = Grammars(tokenizer, len(tokenizer), frozenset([tokenizer.eos_token_id]))
+    grammars = opened(tokenizer)
     schema: dict[str, Any] = {"type": "object", "required": ["a"]}
     schema["properties"] = {"a": {"type": "integer"}}
     schema["additionalProperties"] = False
@@ -129,12 +145,14 @@ def test_grammars_leave_no_room_for_blanks(tiny_model: Path) -> None:
         assert not takes(text), text
 
 
-def test_either_a_call_or_an_answer_of_a_form(tiny_model: Path) -> None:
+def test_either_a_call_or_an_answer_of_a_form(
+    tiny_model: Path, opened: Callable[[Any], Grammars]
+) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     end = tokenizer.eos_token_id
-    grammars = Grammars(tokenizer, len(tokenizer), frozenset([end]))
+    grammars = opened(tokenizer)
     tool = Tool.model_validate({"type": "function", "function": {"name": "clock"}})
     answer: dict[str, Any] = {"type": "object", "required": ["a"], "additionalProperties": False}
     answer |= {"properties": {"a": {"$ref": "#/$defs/x"}}, "$defs": {"x": {"type": "integer"}}}
@@ -159,12 +177,14 @@ def test_either_a_call_or_an_answer_of_a_form(tiny_model: Path) -> None:
 
 
 @pytest.mark.parametrize("parallel", [True, False])
-def test_calls_in_free_text_follow_their_schemas(tiny_model: Path, parallel: bool) -> None:
+def test_calls_in_free_text_follow_their_schemas(
+    tiny_model: Path, opened: Callable[[Any], Grammars], parallel: bool
+) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     vocabulary, end = len(tokenizer), tokenizer.eos_token_id
-    grammars = Grammars(tokenizer, vocabulary, frozenset([end]))
+    grammars = opened(tokenizer)
     parameters = {
         "type": "object",
         "properties": {"city": {"enum": ["Rome", "Paris"]}},
