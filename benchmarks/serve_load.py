@@ -52,7 +52,7 @@ class Tally:
     lost: list[str] = field(default_factory=list)
     differing: int = 0
     server_errors: int = 0
-    tokens: int = 0
+    tokens: float = 0
     first: list[float] = field(default_factory=list)
     each: list[float] = field(default_factory=list)
     memory: list[float] = field(default_factory=list)
@@ -72,9 +72,13 @@ def asks(count: int = 24) -> list[Ask]:
 
 async def stream(
     port: int, model: str, ask: Ask, leave_after: int | None
-) -> tuple[int, list[float], str]:
-    """Status, times of pieces of text, and the text. Raw HTTP: the client is to cost little."""
+) -> tuple[int, list[float], str, int]:
+    """Status, times of pieces of text, the text, and its tokens as the server counts them.
+
+    Raw HTTP: the client is to cost little.
+    """
     body = {"model": model, "prompt": ask.prompt, "max_tokens": ask.tokens, "stream": True}
+    body["stream_options"] = {"include_usage": True}
     content = json.dumps({**body, "temperature": 0}).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
     try:
@@ -86,7 +90,7 @@ async def stream(
         await writer.drain()
         status = int((await reader.readline()).split()[1])
         times: list[float] = []
-        text = ""
+        text, tokens = "", 0
         done = False
         while line := await reader.readline():
             if line.startswith(b"data: [DONE]"):
@@ -95,14 +99,15 @@ async def stream(
             if not line.startswith(b"data: "):
                 continue
             event = json.loads(line[6:])
+            tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
             if event.get("choices") and event["choices"][0].get("text"):
                 times.append(time.monotonic())
                 text += event["choices"][0]["text"]
                 if leave_after is not None and len(times) >= leave_after:
-                    return status, times, text
+                    return status, times, text, len(times)
         if status == 200 and not done:
             raise ConnectionError("the stream ended before its end")
-        return status, times, text
+        return status, times, text, tokens
     finally:
         writer.close()
 
@@ -148,12 +153,13 @@ async def load(
                     continue
                 began = time.monotonic()
                 leave = dice.randrange(1, 6) if kind < 0.12 else None
-                status, times, text = await stream(port, model, ask, leave)
+                status, times, text, tokens = await stream(port, model, ask, leave)
             except (OSError, ValueError, IndexError, asyncio.IncompleteReadError) as error:
                 tally.lost.append(repr(error)[:100])
                 continue
             tally.server_errors += status >= 500
-            tally.tokens += len(times)
+            if times:  # several tokens may come as one piece; those after the end do not count
+                tally.tokens += tokens * sum(at <= end for at in times) / len(times)
             if leave is not None:
                 tally.cancelled += 1
                 continue
@@ -269,12 +275,10 @@ def main() -> None:
                 continue
             port = 8301 + index
             with serving(command, port, work / f"{name}.log") as pid:
-                alone = None
-                if name == "qexport":
-                    alone = {}
-                    for ask in asks():
-                        alone[ask] = asyncio.run(stream(port, "m", ask, None))[2]
-                tally = asyncio.run(load(port, "m", pid, options.seconds, alone))
+                # every prompt once: caches of prefixes begin warm, everybody's
+                alone = {ask: asyncio.run(stream(port, "m", ask, None))[2] for ask in asks()}
+                compared = alone if name == "qexport" else None
+                tally = asyncio.run(load(port, "m", pid, options.seconds, compared))
             results[name] = summary(tally, options.seconds)
             print(name, json.dumps(results[name]), flush=True)
     record("serve_load", results)

@@ -13,9 +13,8 @@ from qexport.grid import GRIDS, INT8, Scheme
 from qexport.runtime.hardware import Hardware
 from qexport.runtime.plan import Model, Roofline, most_sequences
 
-__all__ = ["PURPOSES", "Advice", "advise"]
+__all__ = ["Advice", "advise"]
 
-PURPOSES = ("gpu-serving", "offline-batch", "cpu", "finetune")
 _USERS = 8  # sequences that a server is to have room for
 _READING = 0.1  # seconds a token: people read no faster
 _TRAINING_BYTES = 16  # of a weight: float32 master, gradient, two moments

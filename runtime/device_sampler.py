@@ -29,7 +29,7 @@ class Draw:
         """Numbers for `choose`."""
         return (
             *(self.temperature or 1.0, float(not self.temperature), self.number),
-            *(self.top_k or vocabulary, self.top_p, self.min_p),
+            *(min(self.top_k, vocabulary) or vocabulary, self.top_p, self.min_p),
         )
 
 

@@ -54,10 +54,9 @@ class Engine:
         end_tokens: frozenset[int],
         *,
         waiting: int = 256,
-        chunk: int = 256,
     ) -> None:
         self.decoder, self.backend = decoder, backend
-        self._scheduler = Scheduler(decoder, end_tokens, queue=waiting, chunk=chunk)
+        self._scheduler = Scheduler(decoder, end_tokens, queue=waiting)
         self._changed = threading.Condition()
         self._cancelled: list[Sequence] = []
         self._ended: Exception | None = None

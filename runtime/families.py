@@ -167,16 +167,21 @@ def _rope(checked: Any) -> Rope | str:
         raise CheckpointError(f"config.json's rope parameters make no sense ({error}).") from error
 
 
+def _own(checked: Any, name: str) -> Any:
+    """A field that a family's config has, or None: transformers keeps others and ignores them."""
+    return getattr(checked, name, None) if hasattr(type(checked)(), name) else None
+
+
 def _window(checked: Any, layer: int) -> int:
-    kinds = getattr(checked, "layer_types", None)
-    window = getattr(checked, "sliding_window", None) or 0
+    kinds = _own(checked, "layer_types")
+    window = _own(checked, "sliding_window") or 0
     if kinds is not None:
         return int(window) if kinds[layer] == "sliding_attention" else 0
     return int(window)
 
 
 def _rotated(checked: Any, layer: int) -> bool:
-    without = getattr(checked, "no_rope_layers", None)  # 1 where there is rope, for all its name
+    without = _own(checked, "no_rope_layers")  # 1 where there is rope, for all its name
     return bool(without[layer]) if without else True
 
 

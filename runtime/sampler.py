@@ -12,11 +12,11 @@ from qexport.errors import InputError, QexportError
 from qexport.runtime.constraint import Constraint
 from qexport.runtime.device_sampler import Draw
 
-__all__ = ["Sampler", "Sampling", "TokenLogprob", "no_numbers"]
+__all__ = ["MOST_LOGPROBS", "MOST_STOPS", "Sampler", "Sampling", "TokenLogprob", "no_numbers"]
 
 _GREEDY_BELOW = 1e-4  # smaller temperatures overflow float32 and mean the same
-_MOST_LOGPROBS = 20
-_MOST_STOPS = 16
+MOST_LOGPROBS = 20
+MOST_STOPS = 16
 _FIRST_LOOK = 256  # tokens that are sorted first: a nucleus is rarely larger
 
 Logits = NDArray[np.float32]
@@ -65,13 +65,13 @@ class Sampling:
             )
             <= 2
             and abs(self.presence_penalty) <= 2,
-            f"logprobs {self.logprobs} is not between 0 and {_MOST_LOGPROBS}": self.logprobs is None
-            or 0 <= self.logprobs <= _MOST_LOGPROBS,
+            f"logprobs {self.logprobs} is not between 0 and {MOST_LOGPROBS}": self.logprobs is None
+            or 0 <= self.logprobs <= MOST_LOGPROBS,
             "a logit_bias is not between -100 and 100, or its token negative": all(
                 token >= 0 and -100 <= bias <= 100 for token, bias in self.logit_bias.items()
             ),
-            f"there are more than {_MOST_STOPS} stop strings, or an empty one": len(self.stop)
-            <= _MOST_STOPS
+            f"there are more than {MOST_STOPS} stop strings, or an empty one": len(self.stop)
+            <= MOST_STOPS
             and all(self.stop),
         }
         for wrong, holds in checks.items():

@@ -15,14 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qexport.errors import InputError, QexportError
-from qexport.runtime.device_sampler import NO_TOKEN
+from qexport.runtime.device_sampler import NO_TOKEN, Draw
 from qexport.runtime.model import Decoder, Span
 from qexport.runtime.sampler import Sampler, Sampling, TokenLogprob, no_numbers
 from qexport.runtime.text import TextStream
 
-__all__ = ["ContextError", "Piece", "QueueFullError", "Scheduler", "Sequence"]
+__all__ = ["CHUNK", "ContextError", "Piece", "QueueFullError", "Scheduler", "Sequence"]
 
 Tokens = NDArray[np.int32]
+
+
+CHUNK = 256  # prompt tokens in a step
 
 
 class ContextError(InputError):
@@ -102,7 +105,7 @@ class Scheduler:
         end_tokens: frozenset[int],
         *,
         queue: int = 256,
-        chunk: int = 256,
+        chunk: int = CHUNK,
     ) -> None:
         self._decoder = decoder
         self._end = end_tokens
@@ -141,17 +144,17 @@ class Scheduler:
         """Raise InputError for a request that can never run."""
         if not prompt:
             raise InputError("the prompt is empty.")
+        if len(prompt) + sampling.max_tokens > self._decoder.context:  # before all are looked at
+            raise ContextError(
+                f"the prompt has {len(prompt)} tokens, and with {sampling.max_tokens} more it does "
+                f"not fit the context of {self._decoder.context}."
+            )
         if not 0 <= min(prompt) <= max(prompt) < self._decoder.vocabulary:
             wrong = min(prompt) if min(prompt) < 0 else max(prompt)
             raise InputError(f"token {wrong} is not in the model's vocabulary.")
         unknown = [token for token in sampling.logit_bias if token >= self._decoder.vocabulary]
         if unknown:
             raise InputError(f"logit_bias: token {unknown[0]} is not in the model's vocabulary.")
-        if len(prompt) + sampling.max_tokens > self._decoder.context:
-            raise ContextError(
-                f"the prompt has {len(prompt)} tokens, and with {sampling.max_tokens} more it does "
-                f"not fit the context of {self._decoder.context}."
-            )
 
     def cancel(self, sequence: Sequence) -> None:
         """Forget a request; one that has ended already is none."""
@@ -213,25 +216,36 @@ class Scheduler:
                 )
         return spans
 
-    def _forward(self, spans: dict[Sequence, Span]) -> "dict[Sequence, np.ndarray | int]":
-        """What `_run` gives. A sequence that breaks a step fails alone."""
+    def _forward(
+        self, spans: dict[Sequence, Span], drawn: dict[Sequence, Draw] | None = None
+    ) -> "dict[Sequence, np.ndarray | int]":
+        """What `_run` gives. A sequence that breaks a step fails alone.
+
+        The others take the step again, with the random numbers that they have `drawn` for it.
+        """
+        drawn = {} if drawn is None else drawn
         try:
-            return self._run(spans)
+            return self._run(spans, drawn)
         except Exception as error:  # a fault of one must not end the others
             if len(spans) == 1:
                 self._fail(next(iter(spans)), error)
                 return {}
         found = {}
         for sequence, span in spans.items():
-            found.update(self._forward({sequence: span}))
+            found.update(self._forward({sequence: span}, drawn))
         return found
 
-    def _run(self, spans: dict[Sequence, Span]) -> "dict[Sequence, np.ndarray | int]":
+    def _run(
+        self, spans: dict[Sequence, Span], drawn: dict[Sequence, Draw]
+    ) -> "dict[Sequence, np.ndarray | int]":
         """Logits of each sequence that wants them, or its token where the decoder can choose."""
         wanting = [sequence for sequence, span in spans.items() if span.logits]
         work = list(spans.values())
         if self._decoder.draws and all(sequence.sampler.plain for sequence in wanting):
-            tokens = self._decoder.choose(work, [s.sampler.draw() for s in wanting])
+            for sequence in wanting:
+                if sequence not in drawn:
+                    drawn[sequence] = sequence.sampler.draw()
+            tokens = self._decoder.choose(work, [drawn[sequence] for sequence in wanting])
             return dict(zip(wanting, tokens, strict=True))
         return dict(zip(wanting, self._decoder.forward(work).numpy(), strict=True))
 

@@ -91,6 +91,9 @@ def open_decoder(checkpoint: Checkpoint, serving: Serving) -> Decoder:
     dtype = resolve_dtype(checkpoint, serving.dtype)
     if device.type == "cpu" and serving.dtype == "auto":
         dtype = torch.float32
+    in_cpp = not isinstance(config, str) and _in_cpp(config, device, serving)
+    if not in_cpp:
+        _check_elsewhere(serving, config)
     if isinstance(config, str):
         return AnyDecoder(
             checkpoint,
@@ -100,7 +103,7 @@ def open_decoder(checkpoint: Checkpoint, serving: Serving) -> Decoder:
             dtype=dtype,
             kernel=serving.kernel,
         )
-    if _in_cpp(config, device, serving):
+    if in_cpp:
         cache = CACHES[serving.cache]
         return CpuDecoder(
             checkpoint,
@@ -129,6 +132,16 @@ def _in_cpp(config: DecoderConfig, device: torch.device, serving: Serving) -> bo
     if device.type != "cpu" or serving.kernel not in (None, "cpu", "cpu-exact"):
         return False
     return serving.kernel is not None or CpuDecoder.refuses(config) is None
+
+
+def _check_elsewhere(serving: Serving, config: DecoderConfig | str) -> None:
+    """Raise UnsupportedError for what the C++ decoder alone does, or ours alone; set threads."""
+    if serving.cache != "float16":
+        raise UnsupportedError("--kv-cache is of the CPU decoder; the cache has the dtype here.")
+    if serving.head_bits is not None and isinstance(config, str):
+        raise UnsupportedError(f"--head-bits is of qexport's own decoders, and {config}.")
+    if serving.threads is not None:
+        torch.set_num_threads(serving.threads)
 
 
 def _context(

@@ -21,6 +21,7 @@ from qexport.runtime.families import DecoderConfig, decoder_config
 from qexport.runtime.model import Decoder, Span
 from qexport.runtime.plan import Model
 from qexport.runtime.random_model import random_model
+from qexport.runtime.scheduler import CHUNK
 from qexport.runtime.serving import Serving, open_decoder
 
 __all__ = ["Measured", "measure_times"]
@@ -29,7 +30,6 @@ _DEEP_BYTES = 256 << 20  # of weights that are made up: more than caches hold
 _ROUNDS = 4
 _SECONDS = 0.1  # for each batch in a round, at least
 _FEWEST, _MOST = 2, 30  # steps of each
-_CHUNK = 256  # prompt tokens in a step, as the scheduler has them
 _LISTS = ("layer_types", "no_rope_layers")  # of config.json, an entry for each layer
 
 
@@ -140,8 +140,8 @@ def _step(decoder: Decoder, batch: int, context: int) -> None:
 
 def _prompt(decoder: Decoder, tokens: int) -> None:
     """A prompt in chunks, to its first token."""
-    for start in range(0, tokens, _CHUNK):
-        end = min(tokens, start + _CHUNK)
+    for start in range(0, tokens, CHUNK):
+        end = min(tokens, start + CHUNK)
         span = Span(0, start, [1] * (end - start), tokens, logits=end == tokens)
         _forward(decoder, [span])
     if torch.cuda.is_available():

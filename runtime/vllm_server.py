@@ -172,12 +172,12 @@ def run_vllm(command: list[str], key: str | None, url: str, ready: Callable[[], 
     lines: deque[str] = deque(maxlen=_KEPT_LINES)
     reader = threading.Thread(target=_pass_on, args=(process, lines), daemon=True)
     reader.start()
-    asked = threading.Event()
+    asked: list[int] = []  # no Event: a second signal may come while the first holds its lock
 
     def pass_on(sig: int, _: FrameType | None) -> None:
-        if asked.is_set():  # the second one: at once
+        if asked:  # the second one: at once
             process.kill()
-        asked.set()
+        asked.append(sig)
         process.send_signal(sig)
 
     before = {sig: signal.signal(sig, pass_on) for sig in (signal.SIGTERM, signal.SIGINT)}
@@ -191,15 +191,15 @@ def run_vllm(command: list[str], key: str | None, url: str, ready: Callable[[], 
             process.stdout.close()
         for sig, handler in before.items():
             signal.signal(sig, handler)
-    if not asked.is_set():
+    if not asked:
         raise QexportError(f"vLLM has ended: {_why(process.returncode, list(lines))}.")
 
 
-def _wait(process: "subprocess.Popen[str]", asked: threading.Event) -> None:
+def _wait(process: "subprocess.Popen[str]", asked: list[int]) -> None:
     end: float | None = None
     while process.poll() is None:
         time.sleep(0.1)
-        if asked.is_set():
+        if asked:
             end = end or time.monotonic() + _GRACE_SECONDS
             if time.monotonic() > end:
                 process.kill()

@@ -1,7 +1,7 @@
 """Kernels one by one: a linear layer's time by scheme, shape and number of tokens.
 
-Weights come from memory, as they do when a model decodes: each contender has as many copies of its
-matrix as fill 192 MiB, and goes through them in turn. Contenders take turns, round by round.
+Weights come from memory, as they do when a model decodes: each contender goes through copies of its
+matrix in turn, as many as fill what the caches do not hold. Contenders take turns, round by round.
 """
 
 import time
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,8 +30,9 @@ __all__ = ["SCHEMA", "KernelSettings", "kernels_page", "measure_kernels"]
 
 SCHEMA = "qexport.bench.kernels/1"
 DENSE = "torch bfloat16"
-_TOTAL = 192 << 20  # bytes of all copies
-_MOST_COPIES = 64
+_LEAST_TOTAL = 192 << 20  # bytes of all copies, or more where there is a larger cache
+_MOST_COPIES = 1024
+_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 _SECONDS = 0.02  # of a measurement, at least
 _SKIPPED = ("reference",)  # dequantizes: what others are checked against
 _PAUSE = 0.02
@@ -106,7 +108,10 @@ def _contenders(weight: QuantizedTensor, refused: dict[str, str]) -> list[_Conte
     dense = weight.dequantize(torch.bfloat16)
     found = []
     size = shape[0] * shape[1] * 2
-    copies = [partial(_dense, dense.clone()) for _ in range(_copies(size))]
+    packed = shape[0] * shape[1] * scheme.bits_per_weight(shape[1]) / 8
+    # of tiny matrices there are too few copies, for all alike
+    total = min(_total(), _MOST_COPIES * packed)
+    copies = [partial(_dense, dense.clone()) for _ in range(_copies(total, size))]
     found.append(_Contender(DENSE, list(copies), size))
     for name, kernel in KERNELS.items():
         if name in _SKIPPED:
@@ -115,8 +120,7 @@ def _contenders(weight: QuantizedTensor, refused: dict[str, str]) -> list[_Conte
         if reason is not None:
             refused[f"{name}, {scheme.label}"] = reason
             continue
-        packed = shape[0] * shape[1] * scheme.bits_per_weight(shape[1]) / 8
-        linears = [kernel.prepack(weight) for _ in range(_copies(packed))]
+        linears = [kernel.prepack(weight) for _ in range(_copies(total, packed))]
         found.append(_Contender(name, [one.matmul for one in linears], packed))
     return found
 
@@ -125,8 +129,17 @@ def _dense(weight: Tensor, x: Tensor) -> Tensor:
     return linear(x, weight)
 
 
-def _copies(size: float) -> int:
-    return max(1, min(_MOST_COPIES, int(_TOTAL // size)))
+def _copies(total: float, size: float) -> int:
+    return max(1, int(total // size))
+
+
+def _total() -> int:
+    """Bytes that this machine's last cache does not hold."""
+    try:
+        cache = int(_CACHE.read_text().strip().removesuffix("K")) << 10
+    except (OSError, ValueError):
+        cache = 0
+    return max(_LEAST_TOTAL, 2 * cache)
 
 
 def _measure(
@@ -163,6 +176,7 @@ def _measure(
                 "seconds": times[one.name],
                 "gbps": one.weight_bytes / took / 1e9,
                 "gweights_per_second": about["out"] * about["in"] / took / 1e9,
+                "copies_bytes": one.weight_bytes * len(one.multiply),
                 "times_dense": times[DENSE]["p50"] / took,
                 "relative_error": float((made - want).norm() / want.norm()),
                 "samples": samples[one.name],
@@ -215,7 +229,8 @@ def kernels_page(result: dict[str, Any]) -> Page:
         for (scheme, out, inputs), series in lines.items()
     ]
     notes = [
-        "Times are those of the call that models make, with weights out of the caches. GB/s counts "
+        "Times are those of the call that models make, with copies of weights in turn that the "
+        "caches do not hold (a row says how many bytes; of tiny matrices too few). GB/s counts "
         "codes and scales alone. The error is that of the whole product beside float64's, with "
         "the same codes: what activations lose by int8 or bfloat16.",
         *(f"Refused: {what}: {reason}." for what, reason in result["refused"].items()),

@@ -33,6 +33,7 @@ SCHEMA = "qexport.bench.latency/1"
 _PAUSE = 0.1  # for threads of the one before to go to sleep
 _WARM_TOKENS = 4
 _ENDS = 1 << 20  # bytes
+_HEAD_BYTES: dict[int | None, float] = {8: 8.25 / 8, 4: 4.5 / 8}  # of a weight, by --head-bits
 _HEAD_NAMES = ("lm_head.weight", "model.embed_tokens.weight")
 
 
@@ -90,7 +91,8 @@ def measure_latency(
     finally:
         for one in running:
             one.close()
-    rows = [_row(*each) for each in zip(running, checkpoints, peaks, strict=True)]
+    head_bits = settings.options.serving.get("head_bits")
+    rows = [_row(*each, head_bits) for each in zip(running, checkpoints, peaks, strict=True)]
     for cell in cells:
         _add_rates(cell, next(row for row in rows if row["name"] == cell["contender"]))
     return {
@@ -106,11 +108,13 @@ def measure_latency(
         "noise": {"clean": not noise.reasons(), "reasons": noise.reasons()},
         "contenders": rows,
         "cells": cells,
-        "crossovers": crossovers(cells),
+        "crossovers": crossovers(cells, contenders[0].name),
     }
 
 
-def _row(one: Running, checkpoint: Checkpoint, peaks: tuple[int, int]) -> dict[str, Any]:
+def _row(
+    one: Running, checkpoint: Checkpoint, peaks: tuple[int, int], head_bits: int | None
+) -> dict[str, Any]:
     """What is told of a contender beside its cells."""
     return {
         "name": one.contender.name,
@@ -121,7 +125,7 @@ def _row(one: Running, checkpoint: Checkpoint, peaks: tuple[int, int]) -> dict[s
         "peak_memory_bytes": peaks[0],
         "peak_device_bytes": peaks[1],
         "fingerprint": _fingerprint(one.contender.path),
-        **_about(checkpoint, one.contender.backend),
+        **_about(checkpoint, one, head_bits if one.contender.backend == "native" else None),
     }
 
 
@@ -149,7 +153,7 @@ def _measure_cell(
                 answers = one.run(prompts, output if repeat >= 0 else min(output, _WARM_TOKENS))
             except QexportError as error:
                 failures[index] = str(error)
-                tell(f"left out from here on: {error}")
+                tell(f"left out at this size: {error}")
                 continue
             noise.end(one.cpu_seconds())
             if repeat >= 0:
@@ -208,8 +212,8 @@ def step_seconds(cell: dict[str, Any]) -> float | None:
     return found
 
 
-def crossovers(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The batch from which on the first contender takes nine tenths of another's step, or more.
+def crossovers(cells: list[dict[str, Any]], first: str) -> list[dict[str, Any]]:
+    """The batch from which on the contender `first` takes nine tenths of another's step, or more.
 
     None where it is ahead at the largest batch that was measured.
     """
@@ -221,8 +225,8 @@ def crossovers(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
             group.setdefault(cell["contender"], {})[cell["batch"]] = step
     found = []
     for (prompt, output), group in times.items():
-        (first, ours), *others = group.items()
-        for name, theirs in others:
+        ours = group.pop(first, {})
+        for name, theirs in group.items() if ours else ():
             both = sorted(set(ours) & set(theirs))
             ahead = [batch for batch in both if ours[batch] < PAYS * theirs[batch]]
             batch = next((b for b in both if not ahead or b > ahead[-1]), None)
@@ -248,21 +252,25 @@ def _vocabulary(checkpoint: Checkpoint) -> int:
     return size
 
 
-def _about(checkpoint: Checkpoint, backend: str) -> dict[str, Any]:
-    """What is on the disk, and what of it a step reads."""
+def _about(checkpoint: Checkpoint, one: Running, head_bits: int | None) -> dict[str, Any]:
+    """What is on the disk, and what of it a step reads; of a head that is rounded, its own bits."""
     entries = checkpoint.entries
     schemes = sorted({str(scheme) for scheme, _ in checkpoint.modules.values()})
     quantized = [entry for entry in entries.values() if entry.scheme is not None]
     weights = sum(entry.shape[0] * entry.shape[1] for entry in quantized)
     stored = sum(entry.stored_bytes for entry in quantized)
-    widened = backend == "transformers"
-    read, multiplied = weights * 2 if widened else stored, weights
+    reference = one.kernel.startswith("reference")
+    wide = "float32" in one.kernel or (reference and best_device().type == "cpu")
+    dense = reference or one.contender.backend == "transformers"
+    read, multiplied = weights * (4 if wide else 2) if dense else stored, weights
     untied = _HEAD_NAMES[0] in entries
     for name, entry in entries.items():
         table = name == _HEAD_NAMES[1] and untied  # of which a step reads a row for each token
         if entry.scheme is None and not table:
-            read += entry.stored_bytes
-            multiplied += math.prod(entry.shape)
+            rounded = head_bits in _HEAD_BYTES and name in _HEAD_NAMES
+            count = math.prod(entry.shape)
+            read += round(count * _HEAD_BYTES[head_bits]) if rounded else entry.stored_bytes
+            multiplied += count
     config = checkpoint.config
     heads = config.get("num_key_value_heads") or config.get("num_attention_heads") or 0
     dim = config.get("head_dim") or config.get("hidden_size", 0) // max(

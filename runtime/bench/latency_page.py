@@ -16,8 +16,10 @@ _NOTES = [
     "of all of them together, by the last token; per user it is 1 / TPOT.",
     "GB/s: weights, scales, head and the batch's keys and values that a step has to read once, "
     "over the median ITL, which is a step of the whole batch (TPOT has others' prompts in it, "
-    "that run beside a sequence's first tokens). Transformers multiplies dense weights, two bytes "
-    "each. Keys and values are counted with two bytes a number.",
+    "that run beside a sequence's first tokens). Transformers and the reference kernel multiply "
+    "dense weights, of two or four bytes. Keys and values are counted with two bytes a number.",
+    "Engines run in processes of their own and are asked there; llama.cpp by its server over HTTP, "
+    "whose reading and parsing shares the machine's cores with it.",
     "Same answers: share of greedy answers equal, token for token, to the first contender's. "
     "Engines that round otherwise part ways in time; random prompts make that early.",
 ]
@@ -137,12 +139,13 @@ def _charts(
             ),
         ),
     ]
-    speeds = _speeds(lines(batch, step))
+    first = result["contenders"][0]["name"]
+    speeds = _speeds(lines(batch, step), first)
     if speeds:
         even = [(x, 1.0) for x, _ in next(iter(speeds.values()))]
         charts.append(
             line_chart(
-                f"Where {timed[0]['contender']} pays: {what}",
+                f"Where {first} pays: {what}",
                 "sequences at a time",
                 "times faster than",
                 {**speeds, "equally fast": even},
@@ -153,11 +156,15 @@ def _charts(
     return [*charts, _roofline(result, what, timed)]
 
 
-def _speeds(steps: dict[str, list[tuple[float, float]]]) -> dict[str, list[tuple[float, float]]]:
+def _speeds(
+    steps: dict[str, list[tuple[float, float]]], first: str
+) -> dict[str, list[tuple[float, float]]]:
     """How much faster the first one's steps are than each other's."""
-    (_, first), *others = steps.items()
-    ours = dict(first)
-    found = {name: [(x, y / ours[x]) for x, y in line if x in ours] for name, line in others}
+    ours = dict(steps.get(first, []))
+    others = {name: line for name, line in steps.items() if name != first}
+    found = {
+        name: [(x, y / ours[x]) for x, y in line if x in ours] for name, line in others.items()
+    }
     return {name: line for name, line in found.items() if line}
 
 

@@ -8,7 +8,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -245,7 +245,7 @@ async def _stream(
             found.error = f"{answer.status_code}: {_one_line(text)}"
             return
         ended = events = False
-        async for line in answer.aiter_lines():
+        async for line in _lines(answer):
             if not line.startswith("data:"):
                 continue
             events = True
@@ -261,6 +261,17 @@ async def _stream(
             found.error = (
                 "the stream ended before its end" if events else f"no events came, but {kind}"
             )
+
+
+async def _lines(answer: httpx.Response) -> AsyncIterator[str]:
+    """Of a stream of events, in which \\n alone ends one: httpx also ends them at U+2028."""
+    rest = b""
+    async for part in answer.aiter_bytes():
+        *whole, rest = (rest + part).split(b"\n")
+        for line in whole:
+            yield line.decode(errors="replace").rstrip("\r")
+    if rest:
+        yield rest.decode(errors="replace")
 
 
 def _note(found: _Done, event: dict[str, Any], now: float) -> None:

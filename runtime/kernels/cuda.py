@@ -33,6 +33,7 @@ class CudaKernel(Kernel):
 
     Activations are float16 or bfloat16. `code - zero` is exact in both; a group's products are
     summed in float32 and meet its scale there, in an order that does not change from call to call.
+    Zero points that groups have for themselves are subtracted from such sums, times the sum of x.
     """
 
     name = "cuda"

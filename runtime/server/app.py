@@ -185,7 +185,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         service.check_model(body.model)
         record: Record = request.state.record
-        record.asked(bool(body.stream), body.prompt)
+        record.asked(bool(body.stream), lambda: body.prompt)
 
         async def begin() -> OpenAIAnswer:
             service.admit()
@@ -226,7 +226,7 @@ def _add_chat(app: FastAPI, service: Service) -> None:
     async def chat(body: ChatRequest, request: Request) -> Response:
         service.check_model(body.model)
         record: Record = request.state.record
-        record.asked(bool(body.stream), [message.for_template() for message in body.messages])
+        record.asked(bool(body.stream), lambda: [m.for_template() for m in body.messages])
 
         async def begin() -> OpenAIAnswer:
             reply = Reply("chat.completion", service.model, service.spell, bool(body.logprobs))
@@ -253,7 +253,7 @@ def _add_responses(app: FastAPI, service: Service) -> None:
     async def responses(body: ResponsesRequest, request: Request) -> Response:
         service.check_model(body.model)
         record: Record = request.state.record
-        record.asked(bool(body.stream), body.model_dump()["input"])
+        record.asked(bool(body.stream), lambda: body.model_dump()["input"])
 
         async def begin() -> ResponseObject:
             answer = f"resp_{uuid.uuid4().hex}"

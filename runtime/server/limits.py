@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from qexport.errors import InputError
+from qexport.runtime.sampler import MOST_LOGPROBS, MOST_STOPS
+
 __all__ = ["Limits"]
 
 
@@ -12,8 +15,8 @@ class Limits:
     queue            answers that may wait for a slot, or be in preparation; more get 429
     body             bytes of a request; more get 413
     choices          answers to one request: prompts times `n`
-    stops, stop_length   stop strings, and characters of each
-    logprobs         most probable tokens beside each token
+    stops, stop_length   stop strings (16 at most), and characters of each
+    logprobs         most probable tokens beside each token (20 at most)
     headers          header lines; more get 431
     connections      at a time; more get 503
     receive_seconds  for all of a request to come, headers and body each; then 408
@@ -36,3 +39,8 @@ class Limits:
     idle_seconds: float = 15.0
     stall_seconds: float = 120.0
     drain_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name, most in (("stops", MOST_STOPS), ("logprobs", MOST_LOGPROBS)):
+            if getattr(self, name) > most:
+                raise InputError(f"--limit {name} is {most} at most.")

@@ -3,6 +3,7 @@
 import json
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -66,12 +67,12 @@ class Record:
         self._pieces: dict[int, Piece] = {}  # the last one of each answer
         self._first: dict[int, float] = {}
 
-    def asked(self, stream: bool, prompt: Any) -> None:
-        """The request has come, and is one for answers."""
+    def asked(self, stream: bool, prompt: Callable[[], Any]) -> None:
+        """The request has come, and is one for answers to `prompt()`."""
         self._asked = time.monotonic()
         self._facts["stream"] = stream
         if self._log is not None and self._log.with_prompts:
-            self._facts["prompt"] = prompt
+            self._facts["prompt"] = prompt()
 
     def begun(self, answer: str, sequences: list[Sequence], counts: Counts) -> None:
         """Its answers are being made, under the id `answer`."""

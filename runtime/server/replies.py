@@ -165,7 +165,7 @@ class Reply:
             "tokens": texts,
             "token_logprobs": [_finite(token.logprob) for token in tokens],
             "top_logprobs": [
-                {self._text(top): _finite(value) for top, value in token.top} for token in tokens
+                {self._key(top): _finite(value) for top, value in token.top} for token in tokens
             ],
             "text_offset": offsets,
         }
@@ -174,6 +174,14 @@ class Reply:
         spelled = self._spell(token)
         text = spelled.decode(errors="replace")
         return {"token": text, "logprob": _finite(logprob), "bytes": list(spelled)}
+
+    def _key(self, token: int) -> str:
+        """A token's text, or what OpenAI writes for bytes that are part of a character."""
+        spelled = self._spell(token)
+        try:
+            return spelled.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
     def _text(self, token: int) -> str:
         return self._spell(token).decode(errors="replace")

@@ -28,7 +28,7 @@ from qexport.checkpoint import Modules, check_codes, check_scales, modules_from_
 from qexport.errors import CheckpointError
 from qexport.grid import Scheme
 from qexport.runtime.kernels.cpu import CpuKernel, CpuLinear
-from qexport.runtime.kernels.dispatch import choose
+from qexport.runtime.kernels.dispatch import KERNELS, choose
 from qexport.runtime.weights import Weight, joined
 from qexport.tensor import QuantizedTensor
 
@@ -285,7 +285,7 @@ class NativeLinearMethod(LinearMethodBase):
         device = weight.codes.device
         kernel = choose(weight.scheme, weight.shape, device, dtype=self._dtype).kernel
         if isinstance(kernel, CpuKernel):
-            kernel = CpuKernel(exact=self._dtype == torch.float32)
+            kernel = KERNELS["cpu-exact" if self._dtype == torch.float32 else "cpu"]
         _log.debug("%s: %s by %s", self._prefix, weight.scheme, kernel.name)
         return kernel.prepack(weight)
 

@@ -16,7 +16,8 @@ from vllm.scalar_type import scalar_types
 
 from qexport.formats.words import from_words
 from qexport.grid import INT2, INT3, INT4, INT8, UINT2, UINT3, UINT4, UINT8, Scheme
-from qexport.runtime.kernels.cpu import CpuKernel
+from qexport.runtime.kernels.cpu import CpuKernel, CpuLinear
+from qexport.runtime.kernels.dispatch import KERNELS
 from qexport.tensor import QuantizedTensor
 
 __all__ = ["QexportCpuKernel", "register_kernel"]
@@ -70,7 +71,10 @@ class QexportCpuKernel(MPLinearKernel):
         weight = QuantizedTensor(
             from_words(words.data, width, inputs), scales.data.contiguous(), scheme, zeros
         )
-        self._linear = CpuKernel(exact=c.act_type == torch.float32).prepack(weight)
+        kernel = KERNELS["cpu-exact" if c.act_type == torch.float32 else "cpu"]
+        linear = kernel.prepack(weight)
+        assert isinstance(linear, CpuLinear)
+        self._linear = linear
         for name in (self.w_s_name, self.w_zp_name):
             if name is not None and getattr(layer, name, None) is not None:
                 delattr(layer, name)

@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from benchmarks.gpu_decode import LLAMA
+from qexport.cli.plan import command as plan_command
 from qexport.errors import InputError
-from qexport.runtime.advice import PURPOSES, advise
+from qexport.runtime.advice import advise
 from qexport.runtime.families import DecoderConfig, decoder_config
 from qexport.runtime.hardware import CPUS, GPUS, Hardware
 from qexport.runtime.plan import Model
@@ -76,7 +78,9 @@ def test_groups_divide_every_matrix() -> None:
 def test_every_purpose_from_the_command(tmp_path: Path, cli: Cli) -> None:
     """Advice is of a device's kind; what it says is what the rest is reckoned with."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-    for purpose in PURPOSES:
+    (option,) = (p for p in plan_command.params if p.name == "purpose")
+    assert isinstance(option.type, click.Choice)
+    for purpose in option.type.choices:
         device = ("--cpu", "xeon-8592") if purpose == "cpu" else ("--gpu", "h100")
         result = cli("plan", tmp_path, "--for", purpose, *device, "--json")
         assert result.returncode == 0, result.stderr

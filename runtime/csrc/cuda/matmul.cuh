@@ -7,8 +7,9 @@
 // beside each other share. WARPS_K such groups, and then blocks (grid z), divide the inputs.
 //
 // Sums are kept in float32, a group's at a time, and meet the group's scale there: a product is
-// (code - zero) * x, exact, and nothing is rounded to half precision before the end. Partial sums
-// are added in their order, by the block that comes last: results do not change from run to run.
+// (code - zero) * x, exact, and nothing is rounded to half precision before the end. Where groups
+// have zero points of their own, a product is code * x and the zero point meets the sum of x: a
+// difference of two float32 sums. Partial sums are added in their order, by the block that comes last: results do not change from run to run.
 #pragma once
 
 #include "weights.cuh"

@@ -104,12 +104,12 @@ def test_where_another_is_overtaken() -> None:
 
     cells = [row("a", 1, 1.0), row("b", 1, 2.0), row("a", 8, 3.0), row("b", 8, 3.2)]
     cells.append({"contender": "b", "batch": 16, "prompt": 8, "output": 4, "failure": "no"})
-    (found,) = crossovers(cells)
+    (found,) = crossovers(cells, "a")
     assert (found["against"], found["batch"]) == ("b", 8)
-    assert crossovers(cells[:2])[0]["batch"] is None
-    assert crossovers(cells[2:4])[0]["batch"] == 8
+    assert crossovers(cells[:2], "a")[0]["batch"] is None
+    assert crossovers(cells[2:4], "a")[0]["batch"] == 8
     even = [row("a", 1, 2.0), row("b", 1, 2.0), row("a", 2, 1.0), row("b", 2, 2.0)]
-    assert crossovers(even)[0]["batch"] is None  # ahead at the largest
+    assert crossovers(even, "a")[0]["batch"] is None  # ahead at the largest
 
 
 def test_the_report_of_two_engines(packed: Path, cli: Cli, tmp_path: Path) -> None:
