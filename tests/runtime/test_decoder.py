@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qexport.checkpoint import Checkpoint, Entry
-from qexport.errors import CheckpointError
+from qexport.errors import CheckpointError, UnsupportedError
 from qexport.grid import GRIDS, Scheme
 from qexport.runtime.any_model import AnyDecoder
 from qexport.runtime.cpu_model import CpuDecoder
@@ -17,6 +17,7 @@ from qexport.runtime.families import DecoderConfig, decoder_config
 from qexport.runtime.kernels.cpu_library import library
 from qexport.runtime.loader import load_model
 from qexport.runtime.model import Decoder, Span, TorchDecoder
+from qexport.runtime.serving import Serving, open_decoder
 from qexport.tensor import portable, quantize
 from tests.runtime.families import FAMILIES, make, minicpm
 
@@ -247,6 +248,35 @@ def test_what_does_not_fit_is_refused(
     )
     with pytest.raises(CheckpointError, match=message):
         decoder(wrong)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_fields_that_are_another_familys(tmp_path: Path, decoder: Make) -> None:
+    """Llama has no window and no layers without rope, whatever its config.json says."""
+    checkpoint = make(tmp_path / "model", "llama")
+    foreign = {"sliding_window": 4, "no_rope_layers": [0] * 8}
+    config = {**checkpoint.config, **foreign}
+    checkpoint = Checkpoint(checkpoint.folder, "dense", config, checkpoint.entries)
+    ids = tokens(0)
+    (row,) = decoder(checkpoint).forward([Span(0, 0, ids, LENGTH)])
+    close(row, expected(checkpoint, ids)[-1])
+
+
+def test_options_that_a_decoder_does_not_have(tmp_path: Path) -> None:
+    llama, other = make(tmp_path / "llama", "llama"), make(tmp_path / "other", "llama")
+    other.config["hidden_act"] = "gelu"
+    for checkpoint, wrong, said in (
+        (llama, {"kernel": "reference", "cache": "int8"}, "--kv-cache is of the CPU decoder"),
+        (other, {"head_bits": 8}, "--head-bits is of qexport's own decoders"),
+    ):
+        with pytest.raises(UnsupportedError, match=said):
+            open_decoder(checkpoint, Serving(**wrong))
+    before = torch.get_num_threads()
+    try:
+        open_decoder(llama, Serving(kernel="reference", threads=before + 1))
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_what_is_left_to_transformers() -> None:

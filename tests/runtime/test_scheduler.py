@@ -338,3 +338,32 @@ def test_a_choice_that_is_no_token_ends_one_request() -> None:
     finish(scheduler)
     errors = [str(pieces[-1].error) for pieces in both]
     assert sorted(error[:18] for error in errors) == ["None", "the model gave NaN"]
+
+
+def test_a_broken_step_costs_others_no_random_number() -> None:
+    """Who takes a step again, without the one that broke it, takes it with the same numbers."""
+
+    class Drawing(Choosing):
+        numbers: dict[int, list[float]]
+
+        def choose(self, spans: Many[Span], draws: Many[Draw]) -> list[int]:
+            tokens = super().choose(spans, draws)
+            for span, draw in zip(spans, draws, strict=True):
+                self.numbers.setdefault(span.slot, []).append(draw.number)
+            return tokens
+
+    found = []
+    for others in ([], [[BREAKS]]):
+        decoder = Drawing(2, 48)
+        decoder.numbers = {}
+        scheduler = Scheduler(decoder, frozenset())
+        start(scheduler, [1, 2], temperature=1.0, seed=1)
+        for prompt in others:
+            start(scheduler, prompt)
+        finish(scheduler)
+        found.append(max(decoder.numbers.values(), key=len))
+    assert found[0] == found[1]
+
+
+def test_a_huge_top_k_is_all_tokens() -> None:
+    assert Draw(temperature=1.0, top_k=10**400).row(300) == Draw(temperature=1.0).row(300)

@@ -129,6 +129,7 @@ def against(cli: Cli, answer: str, *arguments: object, pause: float = 0.0) -> di
     ("answer", "said"),
     [
         (EVENTS + TOKEN, "ended before its end"),
+        (EVENTS + 'data: {"error": {"message": "a\u2028b"}}\n\n', "u2028"),
         (EVENTS + "data: [1]\n\n", "none of a completion: data: [1]"),
         (EVENTS + "data: null\n\n", "none of a completion"),
         (EVENTS + "data: 5\n\n" + DONE, "none of a completion"),

@@ -83,6 +83,27 @@ def test_a_request_brings_no_template(served: Server) -> None:
         refused(served, "/v1/chat/completions", {**CHAT, **variables})
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "multipleOf": 99_999_989},
+        {"allOf": [{"type": "string", "pattern": f".*a.{{{i}}}b.*"} for i in range(1, 40)]},
+    ],
+    ids=["multipleOf", "allOf"],
+)
+def test_schemas_that_take_for_ever(server: Server, schema: Any) -> None:
+    """44 bytes that compile without an end, in 80 MB more each second."""
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    begin = time.monotonic()
+    answer = server.post("/v1/chat/completions", {**CHAT, "response_format": wanted})
+    assert answer.status_code == 400, answer.text[:300]
+    assert "answers can be held to: it" in answer.json()["error"]["message"]
+    assert time.monotonic() - begin < 30
+    held = {**CHAT, "response_format": {"type": "json_object"}}  # others are answered as before
+    assert server.post("/v1/chat/completions", held).status_code == 200
+    assert server.post("/v1/completions", {**TEXT, "logprobs": 1}).status_code == 200
+
+
 def test_schemas_that_explode(served: Server) -> None:
     """CVE-2025-48944, CVE-2025-58446: size, depth, counts, references that go round."""
 

@@ -73,6 +73,19 @@ ANSWERS: dict[str, tuple[str, list[tuple[str, Any]]]] = {
     "1 < 2 <tool": ("1 < 2 <tool", []),
     '{"a": 1}': ('{"a": 1}', []),
     "{" * 500: ("{" * 500, []),
+    # JSON within JSON, as some models write it
+    tagged(json.dumps({"name": "weather", "arguments": json.dumps({"city": "Rome"})})): (
+        "",
+        [ROME],
+    ),
+    tagged('{"name": "clock", "arguments": "now"}'): (
+        tagged('{"name": "clock", "arguments": "now"}'),
+        [],
+    ),
+    tagged('{"name": "weather", "arguments": {"city": "a</tool_call>b"}}'): (
+        "",
+        [("weather", {"city": "a</tool_call>b"})],
+    ),
 }
 
 
@@ -174,6 +187,47 @@ def test_either_a_call_or_an_answer_of_a_form(
         assert takes(kind, call) == (not kind)
         assert takes(kind, tagged(call)) == kind
     assert takes(True, f"{tagged(call)}\n{tagged(call)}")
+
+
+def test_parameters_that_point_at_their_own_parts(
+    tiny_model: Path, opened: Callable[[Any], Grammars]
+) -> None:
+    """As pydantic writes nested models, and OpenAI's client functions; and trees, by `#`."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    grammars = opened(tokenizer)
+    person = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+    tree = {"type": "object", "properties": {"left": {"$ref": "#"}}}
+    parameters: dict[str, dict[str, Any]] = {
+        "greet": {
+            "$defs": {"Person": {**person, "additionalProperties": False}},
+            "type": "object",
+            "properties": {"who": {"$ref": "#/$defs/Person"}},
+            "required": ["who"],
+            "additionalProperties": False,
+        },
+        "grow": {**tree, "additionalProperties": False},
+    }
+    tools = [
+        Tool.model_validate({"type": "function", "function": {"name": name, "parameters": value}})
+        for name, value in parameters.items()
+    ]
+    grammar = grammars.json_schema(call_schema(tools))
+
+    def takes(name: str, arguments: Any) -> bool:
+        constraint = grammar.constraint()
+        text = json.dumps({"name": name, "arguments": arguments})
+        for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
+            if not constraint.allowed(len(tokenizer))[token]:
+                return False
+            constraint.accept(token)
+        return bool(constraint.allowed(len(tokenizer))[tokenizer.eos_token_id])
+
+    assert takes("greet", {"who": {"age": 7}})
+    assert not takes("greet", {"who": {"age": "7"}})
+    assert takes("grow", {"left": {"left": {}}})
+    assert not takes("grow", {"left": {"right": {}}})
 
 
 @pytest.mark.parametrize("parallel", [True, False])
