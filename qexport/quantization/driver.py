@@ -31,7 +31,7 @@ from qexport.quantization.activations import STAGES, Passage, stages
 from qexport.quantization.block import quantize_block
 from qexport.quantization.calibration import calibration_windows
 from qexport.quantization.config import METHODS, QuantizeConfig
-from qexport.quantization.sensitivity import measure, widths_for
+from qexport.quantization.sensitivity import measure, too_wide, widths_for
 from qexport.ranks import barrier, is_main, join, rank, world_size
 from qexport.run_folder import BLOCKS, DONE, claimed, finished, publish_run, stage_run
 from qexport.run_tensors import code_parts, code_tensors
@@ -174,10 +174,7 @@ def _check_least(config: QuantizeConfig, modules: Modules, target: float) -> Non
         for name, (_, (out, inputs)) in modules.items()
     )
     if least > target * weights:
-        raise InputError(
-            f"--target-bpw {target:g} is not to be had: the narrowest widths come to "
-            f"{least / weights:.3f}, scales counted; give more, or larger groups."
-        )
+        raise too_wide(target, least / weights)
 
 
 def _mixed(config: QuantizeConfig, job: _Job, folder: Path, console: Console) -> Modules:

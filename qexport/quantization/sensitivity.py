@@ -19,7 +19,7 @@ from qexport.grid import Scheme
 from qexport.quantization.activations import STAGES, importance
 from qexport.quantization.fit import fit
 
-__all__ = ["Losses", "measure", "widths_for"]
+__all__ = ["Losses", "measure", "too_wide", "widths_for"]
 
 Losses = dict[str, dict[str, float]]  # by layer and width
 
@@ -94,6 +94,14 @@ def _seen_by(name: str) -> str:
     return name.removesuffix(next(end for end in stage if name.endswith(end))) + stage[0]
 
 
+def too_wide(target: float, least: float) -> InputError:
+    """The error where even the narrowest widths are more bits per weight."""
+    return InputError(
+        f"--target-bpw {target:g} is not to be had: the narrowest widths come to {least:.3f}, "
+        "scales counted; give more, or larger groups."
+    )
+
+
 def widths_for(
     losses: Losses,
     sizes: Mapping[str, Mapping[str, float]],
@@ -131,10 +139,7 @@ def widths_for(
 
     used = sum(cost(group, 0) for group in range(len(groups)))
     if used > target * total:
-        raise InputError(
-            f"--target-bpw {target:g} is not to be had: the narrowest widths come to "
-            f"{used / total:.3f}, scales counted; give more, or larger groups."
-        )
+        raise too_wide(target, used / total)
     queue = [min(found) for group in range(len(groups)) if (found := list(offers(group)))]
     heapq.heapify(queue)
     while queue:
