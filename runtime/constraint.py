@@ -164,7 +164,7 @@ class Grammars:
     def _started(self) -> Worker:
         with self._lock:
             if self._worker is None:
-                self._file = tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8")
+                self._file = tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8")  # noqa: SIM115  # open as long as the process runs
                 backend = copy(self._source.backend_tokenizer)
                 backend.no_padding()
                 backend.no_truncation()

@@ -366,5 +366,5 @@ def test_transformers_is_given_no_code_beyond_the_grid(runs: Runs, tmp_path: Pat
 def test_a_format_without_embeddings(tiny_model: Path, tmp_path: Path) -> None:
     source = decoder_layer(tiny_model, "int4", 64, 32)
     del source.entries["model.embed_tokens.weight"]
-    with pytest.raises(CheckpointError, match="has no model.embed_tokens.weight"):
+    with pytest.raises(CheckpointError, match=r"has no model\.embed_tokens\.weight"):
         pack(source, FORMATS["gguf"], tmp_path / "out")
