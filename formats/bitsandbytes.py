@@ -41,7 +41,10 @@ class BitsAndBytes(FolderFormat):
 
     def refuses(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         if scheme.group_size not in _GROUPS:
-            return f"bitsandbytes has groups of 64 to 4096, powers of two, not {scheme.group_size}"
+            this = "not one scale per channel"
+            if scheme.group_size is not None:
+                this = f"and this is g{scheme.group_size}"
+            return f"bitsandbytes has groups of 64 to 4096, powers of two, {this}"
         return None
 
     def parts(self, module: str, scheme: Scheme, shape: tuple[int, int]) -> Parts:

@@ -177,6 +177,9 @@ def _row_text(row: object, where: str, tokenizer: Any) -> str:
         text: str = row["text"]
     elif isinstance(row, dict) and isinstance(row.get("messages"), list):
         text = render(row["messages"], tokenizer, where)
+    elif isinstance(row, dict) and (key := next((k for k in ("text", "messages") if k in row), "")):
+        kind = "a string" if key == "text" else "a list"
+        raise DataError(f'{where}: "{key}" is not {kind}.')
     else:
         raise DataError(f'{where} has neither "text" nor "messages".')
     if not _is_unicode(text):

@@ -46,6 +46,7 @@ class Page:
 
     facts   of machine and settings
     noise   why figures are not clean, nothing where they are; None where no time was measured
+    clean   what is said of clean figures
     charts  SVG texts; notes: formulas and what else has to be said
     """
 
@@ -55,13 +56,14 @@ class Page:
     tables: list[Table]
     charts: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    clean: str = "the machine was quiet, and repeats lie close together"
 
     @property
     def verdict(self) -> str:
         """One line on how far the figures are to be trusted."""
         if self.noise:
             return f"Noisy, not to be quoted: {'; '.join(self.noise)}."
-        return "Clean: the machine was quiet, and repeats lie close together."
+        return f"Clean: {self.clean}."
 
 
 def cell(value: Any) -> str:

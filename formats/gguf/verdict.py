@@ -14,7 +14,8 @@ def verdict_of(scheme: Scheme, inputs: int, options: Options) -> Verdict:
     """Of layers with so many inputs: the narrowest block type that holds the scheme."""
     blocked = scheme.super_block is not None  # of whatever dtype, its scales are multiples
     exact = blocked or scheme.scale_dtype == torch.float16
-    if not exact and not options.allow_lossy:
+    holding = any(scheme.grid.factor_into(g) for block in BLOCKS.values() for g in block.holds)
+    if holding and not exact and not options.allow_lossy:
         return Verdict(
             None,
             reason="gguf stores float16 scales, and these are "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,7 +51,15 @@ class Command(click.Command):
             if prefix and isinstance(parameter, click.Option) and parameter.envvar is None:
                 flag = max(parameter.opts, key=len).lstrip("-")
                 parameter.envvar = f"{prefix}_{info_name}_{flag}".replace("-", "_").upper()
-        return super().make_context(info_name, args, parent, **extra)
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except click.BadParameter as error:
+            name = None if error.param is None else error.param.name
+            if error.ctx is not None and name is not None:
+                source = error.ctx.get_parameter_source(name)
+                if source == ParameterSource.ENVIRONMENT and error.param is not None:
+                    error.param_hint = str(error.param.envvar)  # it is what has to be mended
+            raise
 
 
 def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:

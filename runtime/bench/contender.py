@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -12,6 +11,7 @@ from typing import Any
 
 from qexport.errors import InputError, QexportError, UnsupportedError
 from qexport.runtime.bench.backends import Answers, Options, gguf_file, llama_server
+from qexport.runtime.bench.processes import family_seconds
 from qexport.runtime.bench.worker import BACKENDS
 
 __all__ = ["Contender", "Running", "parse_contender"]
@@ -110,7 +110,7 @@ class Running:
 
     def cpu_seconds(self) -> float:
         """That its processes have run for so far."""
-        return sum(_cpu_seconds(pid) for pid in _family(self.pid))
+        return family_seconds(self.pid)
 
     def _ask(self, value: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -150,23 +150,3 @@ class Running:
             self._process.kill()
             self._process.wait()
         self._errors.close()
-
-
-def _family(pid: int) -> list[int]:
-    """A process and all that it has started."""
-    found = [pid]
-    for one in found:
-        for children in Path(f"/proc/{one}/task").glob("*/children"):
-            try:
-                found += [int(child) for child in children.read_text().split()]
-            except OSError:  # noqa: PERF203  # it ended meanwhile
-                continue
-    return found
-
-
-def _cpu_seconds(pid: int) -> float:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

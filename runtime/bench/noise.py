@@ -43,6 +43,20 @@ class Noise:
 
     def reasons(self) -> list[str]:
         """Why the figures are not clean; nothing where they are."""
+        found = self.taken()
+        if not self.spreads:
+            found.append(f"fewer than {_FEWEST} repeats are too few to tell")
+        wide = {what: share for what, share in self.spreads.items() if share > _SPREAD}
+        if wide:
+            worst = max(wide, key=lambda what: wide[what])
+            found.append(
+                f"repeats of {len(wide)} of {len(self.spreads)} measurements lie more than "
+                f"{_SPREAD:.0%} apart, those of {worst} {wide[worst]:.0%}"
+            )
+        return found
+
+    def taken(self) -> list[str]:
+        """Who else has had the machine; nothing where nobody had much of it."""
         found = []
         total = self.seconds * (os.cpu_count() or 1)
         if not Path("/proc/stat").exists():
@@ -54,15 +68,6 @@ class Noise:
             ):
                 if share > most:
                     found.append(f"{who} took {share:.0%} of the machine")
-        if not self.spreads:
-            found.append(f"fewer than {_FEWEST} repeats are too few to tell")
-        wide = {what: share for what, share in self.spreads.items() if share > _SPREAD}
-        if wide:
-            worst = max(wide, key=lambda what: wide[what])
-            found.append(
-                f"repeats of {len(wide)} of {len(self.spreads)} measurements lie more than "
-                f"{_SPREAD:.0%} apart, those of {worst} {wide[worst]:.0%}"
-            )
         return found
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import httpx
 
 from qexport.errors import InputError, QexportError
+from qexport.runtime.bench.noise import Noise
+from qexport.runtime.bench.processes import family_seconds, listener
 from qexport.runtime.bench.statistics import percentiles, request_times
 from qexport.runtime.machine import describe
 
@@ -44,6 +46,7 @@ _WORDS = (
         "door",
     ),
 )
+_HERE = ("localhost", "127.0.0.1", "::1")
 _BUSY = 0.5  # of a core, above which the load itself is what is measured
 _KEPT_ERRORS = 5
 _LONGEST_REASON = 200  # characters
@@ -137,12 +140,19 @@ async def _measure(settings: ServeSettings, tell: Callable[[str], None]) -> dict
     ) as client:
         model = settings.model or await _first_model(client)
         await _ask(client, settings, model, random.Random(-1), time.monotonic())  # warms it up
-        levels, reasons = [], []
+        levels, reasons, noise = [], [], Noise()
+        server = _local_server(client.base_url)
+
+        def own() -> float:
+            return time.process_time() + (0.0 if server is None else family_seconds(server))
+
         for level in settings.levels:
             tell(f"{level:g} {'requests a second' if settings.open_loop else 'clients'}")
+            noise.begin(own())
             busy, began = time.process_time(), time.monotonic()
             done = await (_open if settings.open_loop else _closed)(client, settings, model, level)
             seconds = time.monotonic() - began
+            noise.end(own())
             share = (time.process_time() - busy) / seconds
             if share > _BUSY:
                 reasons.append(f"at {level:g} the load itself took {share:.0%} of a core")
@@ -152,6 +162,9 @@ async def _measure(settings: ServeSettings, tell: Callable[[str], None]) -> dict
             levels.append({"level": level, "seconds": seconds, **found})
         if settings.requests < _FEWEST:
             reasons.append(f"{settings.requests} requests are too few to tell")
+        if server is None:
+            reasons.append("what others took of the server's machine is not to be seen from here")
+        reasons += [] if server is None else noise.taken()
     return {
         "schema": SCHEMA,
         "machine": describe(),
@@ -164,6 +177,12 @@ async def _measure(settings: ServeSettings, tell: Callable[[str], None]) -> dict
         "noise": {"clean": not reasons, "reasons": reasons},
         "levels": levels,
     }
+
+
+def _local_server(url: httpx.URL) -> int | None:
+    """The process that answers there, if it is one of this machine."""
+    port = url.port or (443 if url.scheme == "https" else 80)
+    return listener(port) if url.host in _HERE else None
 
 
 async def _first_model(client: httpx.AsyncClient) -> str:

@@ -320,6 +320,11 @@ class ChatRequest(GenerateRequest):
     def _fits(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:
             raise FieldError("top_logprobs: they need logprobs: true.", "top_logprobs")
+        if None not in (self.max_tokens, self.max_completion_tokens) and (
+            self.max_tokens != self.max_completion_tokens
+        ):
+            text = "max_completion_tokens: max_tokens says another number; give one of them."
+            raise FieldError(text, "max_completion_tokens")
         if self.tool_choice not in (None, "none") and not self.tools:
             raise FieldError("tool_choice: it needs tools.", "tool_choice")
         names = [tool.function.name for tool in self.tools or ()]

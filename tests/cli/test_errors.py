@@ -392,6 +392,13 @@ def test_config_files(cli: Cli, tiny_model: Path, place: Path) -> None:
     assert listing(place) == {"a.yaml"}
 
 
+def test_an_option_from_the_environment_is_named_as_one(cli: Cli, tiny_model: Path) -> None:
+    arguments = ("train", tiny_model, "--data", "builtin", "--bits", "2", "-o", "run")
+    result = cli(*arguments, env={"QEXPORT_TRAIN_LR": "abc"})
+    assert result.returncode == 2
+    assert "QEXPORT_TRAIN_LR: 'abc' is not a valid float" in one_sentence(result.stderr)
+
+
 def test_missing_arguments_are_named(cli: Cli, tiny_model: Path) -> None:
     arguments: tuple[object, ...] = ("train", tiny_model, "--data", "builtin")
     for missing, given in (("--output", ()), ("--bits", ("-o", "run"))):

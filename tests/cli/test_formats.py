@@ -106,3 +106,14 @@ def test_json_has_no_infinity(cli: Cli, runs: Runs, tmp_path: Path) -> None:
     result = cli("verify", run, tmp_path / "out", "--json")
     assert result.returncode == 3
     assert json.loads(result.stdout, parse_constant=None)["largest_dense_error"] is None
+
+
+def test_a_grid_that_no_block_holds_is_not_blamed_on_its_scales(
+    cli: Cli, tiny_model: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert cli("quantize", tiny_model, "--method", "nf4", "-o", run).returncode == 0
+    result = cli("pack", run, "--format", "gguf", "-o", tmp_path / "out")
+    assert "gguf has no block type that holds nf4" in result.stderr
+    assert "--allow-lossy" not in result.stderr
+    assert "None" not in cli("formats", "--reasons").stdout

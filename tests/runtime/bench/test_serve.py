@@ -2,7 +2,10 @@
 
 import contextlib
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +17,7 @@ import pytest
 from qexport.errors import InputError
 from qexport.formats import FORMATS, open_checkpoint
 from qexport.formats.pack import pack
+from qexport.runtime.bench.processes import listener
 from qexport.runtime.bench.serve import SCHEMA, parse_goodput
 from tests.conftest import Cli, Runs
 from tests.runtime.server.conftest import Server
@@ -209,3 +213,22 @@ def test_mistakes_in_a_sentence(cli: Cli, server: Server) -> None:
         assert said in result.stderr and "Traceback" not in result.stderr
     with pytest.raises(InputError):
         parse_goodput(("ttft:nan",))
+
+
+def test_a_busy_machine_is_not_called_quiet(cli: Cli, server: Server) -> None:
+    """The server's own work is not noise, and what runs beside it is."""
+    asked = ("--concurrency", "1", "--requests", "12", "--tokens", "24")
+    beside = [subprocess.Popen([sys.executable, "-c", "while 1: pass"]) for _ in range(2)]
+    try:
+        reasons = bench(cli, server, *asked)["noise"]["reasons"]
+    finally:
+        for process in beside:
+            process.kill()
+            process.wait()
+    assert any("other processes took" in reason for reason in reasons), reasons
+
+
+def test_who_listens() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        assert listener(listening.getsockname()[1]) == os.getpid()
+    assert listener(1) is None

@@ -359,6 +359,7 @@ def test_errors_are_the_clients_own(client: openai.OpenAI) -> None:
         ({"response_format": _schema({"type": "banana"})}, "response_format"),
         ({"logprobs": True, "top_logprobs": 21}, "logprobs"),
         ({"top_logprobs": 2}, "top_logprobs"),
+        ({"max_tokens": 4, "max_completion_tokens": 2}, "max_completion_tokens"),
         ({"tools": [CLOCK, CLOCK]}, "tools"),
         ({"tool_choice": "auto"}, "tool_choice"),
     ):
