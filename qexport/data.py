@@ -196,7 +196,9 @@ def _is_unicode(text: str) -> bool:
 
 
 def hub_revision(source: str) -> str | None:
-    """Which version of a dataset the hub has now; None where it cannot be asked."""
+    """Which version of a dataset the hub has now; None where it cannot be asked, or for a file."""
+    if Path(source).suffix in (".txt", *_ROW_SUFFIXES):
+        return None
     from huggingface_hub import HfApi
 
     try:

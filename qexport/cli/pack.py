@@ -51,7 +51,9 @@ Examples:
     help="Let the format round scales, minima and embeddings (never codes to another grid), and "
     "report the error; verify then says NOT exact.",
 )
-@click.option("--dry-run", is_flag=True, help="Say how it would be held, and write nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Read everything, say how it would be held, and write nothing."
+)
 @click.option(
     "-o",
     "--output",
