@@ -76,8 +76,9 @@ def _check_group(name: str, layer: nn.Linear, scheme: Scheme) -> None:
                 "it out by --exclude or --include."
             ) from None
         sizes = [g for g in (16, 32, 64, 128, 256) if layer.in_features % g == 0]
+        absent = " for one scale per channel" if scheme.grid.uniform else ""
         raise InputError(
             f"--group-size {scheme.group_size} does not divide the {layer.in_features} inputs of "
             f"{name}; choose one that does ({', '.join(map(str, sizes)) or 'none is usual'}), "
-            "or leave it out for one scale per channel."
+            f"or leave it out{absent}."
         ) from None

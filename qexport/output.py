@@ -223,7 +223,13 @@ def growing_file(target: Path, fingerprint: str) -> Iterator[tuple[BinaryIO, lis
         file.seek(0)
         lines = [line for line in file.readlines() if line.endswith(b"\n")]
         file.truncate(sum(map(len, lines)))
-        yield file, lines
+        try:
+            yield file, lines
+        except BaseException:
+            file.flush()
+            if part.stat().st_size == 0:  # there is nothing to go on from
+                part.unlink()
+            raise
         file.flush()
         os.fsync(file.fileno())
         part.replace(target)

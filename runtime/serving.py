@@ -12,6 +12,7 @@ import torch
 from qexport.checkpoint import Checkpoint
 from qexport.errors import CheckpointError, InputError, UnsupportedError
 from qexport.formats import open_checkpoint
+from qexport.grid import INT4, Scheme
 from qexport.model_sizes import check_sizes
 from qexport.runtime.any_model import AnyDecoder
 from qexport.runtime.context import cache_context, free_memory, token_bytes
@@ -32,6 +33,9 @@ CACHES = {
     "float32": torch.float32,
     "int8": torch.int8,
 }
+
+
+_COMMON = Scheme(INT4, 128)  # which every kernel takes where it runs
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,10 @@ def open_decoder(checkpoint: Checkpoint, serving: Serving) -> Decoder:
     if serving.kernel is not None and serving.kernel not in KERNELS:
         raise InputError(f"there is no kernel {serving.kernel!r}; there are {', '.join(KERNELS)}.")
     device = best_device()
+    if serving.kernel is not None and not checkpoint.modules:  # no layer of it will ask
+        reason = KERNELS[serving.kernel].refuses(_COMMON, (1024, 1024), device)
+        if reason is not None:
+            raise UnsupportedError(f"--kernel {serving.kernel}: {reason}.")
     config = decoder_config(checkpoint.config)
     dtype = resolve_dtype(checkpoint, serving.dtype)
     if device.type == "cpu" and serving.dtype == "auto":

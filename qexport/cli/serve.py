@@ -164,7 +164,9 @@ def _limits(given: tuple[str, ...]) -> "Limits":
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio has small pieces sent at once for sockets alone that say themselves that they are TCP;
+    # else each waits for the client to acknowledge the one before, which takes 40 ms
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

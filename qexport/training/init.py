@@ -12,7 +12,7 @@ from qexport.blocks import Blocks
 from qexport.checkpoint import Checkpoint, module_of
 from qexport.errors import InputError
 from qexport.output import write_json
-from qexport.paretoq import effective_scale, width_of
+from qexport.paretoq import TRAINED_GRIDS, effective_scale, width_of
 from qexport.run_folder import DONE
 from qexport.source import open_source
 from qexport.training.block import within
@@ -33,9 +33,10 @@ def check_init(config: TrainConfig, source: Checkpoint, modules: Any) -> None:
     theirs = init.modules
     for module in {**modules, **theirs}:
         wanted, found = modules.get(module), theirs.get(module)
-        if found is not None and not found[0].grid.uniform:
+        if found is not None and found[0].grid not in TRAINED_GRIDS:
             raise InputError(
-                f"--init {config.init}: {module} is {found[0]}, a grid that is not trained."
+                f"--init {config.init}: {module} is {found[0]}, a grid that is not trained; "
+                "quantize it without --grid and --asym."
             )
         if wanted != found:
             names = [None if entry is None else str(entry[0]) for entry in (found, wanted)]

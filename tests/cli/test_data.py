@@ -27,6 +27,9 @@ def test_so_many_tokens_of_text(cli: Cli, tiny_model: Path, tmp_path: Path) -> N
     other = tmp_path / "other.jsonl"
     assert cli(*asked, "-o", other, "--seed", "1").returncode == 0
     assert other.read_text() != out.read_text()
+    longer = cli(*asked[:-4], "--length", "100000", "-o", tmp_path / "long.jsonl")
+    assert longer.returncode == 2 and "more than that" in longer.stderr
+    assert not list(tmp_path.glob(".*.part"))
     wrong = cli(*asked, "-o", tmp_path / "text.txt")
     assert wrong.returncode == 2 and "call it" in wrong.stderr
     run = ("--data", out, "--bits", "2", "--max-steps", "1", "--max-length", "16")

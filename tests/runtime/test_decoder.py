@@ -271,6 +271,8 @@ def test_options_that_a_decoder_does_not_have(tmp_path: Path) -> None:
     ):
         with pytest.raises(UnsupportedError, match=said):
             open_decoder(checkpoint, Serving(**wrong))
+    with pytest.raises(UnsupportedError, match="--kernel cuda: it runs on NVIDIA GPUs"):
+        open_decoder(llama, Serving(kernel="cuda"))  # a dense model, none of whose layers asks
     before = torch.get_num_threads()
     try:
         open_decoder(llama, Serving(kernel="reference", threads=before + 1))

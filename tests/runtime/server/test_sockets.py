@@ -1,5 +1,6 @@
 """Clients that do not behave, on raw sockets: slow, half-open, garbage, oversized, gone."""
 
+import asyncio
 import json
 import socket
 import time
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from qexport.cli.serve import _listen
 from tests.runtime.server.conftest import Server
 
 LIMITS = ("--limit", "receive_seconds=1", "--limit", "idle_seconds=1", "--limit", "send_seconds=1")
@@ -246,3 +248,23 @@ def test_a_client_that_goes_frees_its_slot(strict: Server, wait: float, stream: 
         idle(strict)
         connection.close()
     answers(strict)
+
+
+def test_answers_are_not_held_back() -> None:
+    """Pieces are sent at once: none waits 40 ms for the client to acknowledge the one before."""
+
+    async def accepted() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def take(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            sock = writer.get_extra_info("socket")
+            found.set_result(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        listener = _listen("127.0.0.1", 0)
+        async with await asyncio.start_server(take, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            writer.close()
+            return await asyncio.wait_for(found, 10)
+
+    assert asyncio.run(accepted()) != 0
