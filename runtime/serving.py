@@ -101,7 +101,7 @@ def open_decoder(checkpoint: Checkpoint, serving: Serving) -> Decoder:
         dtype = torch.float32
     in_cpp = not isinstance(config, str) and _in_cpp(config, device, serving)
     if not in_cpp:
-        _check_elsewhere(serving, config)
+        _check_elsewhere(serving, config, dtype)
     if isinstance(config, str):
         return AnyDecoder(
             checkpoint,
@@ -142,10 +142,12 @@ def _in_cpp(config: DecoderConfig, device: torch.device, serving: Serving) -> bo
     return serving.kernel is not None or CpuDecoder.refuses(config) is None
 
 
-def _check_elsewhere(serving: Serving, config: DecoderConfig | str) -> None:
+def _check_elsewhere(serving: Serving, config: DecoderConfig | str, dtype: torch.dtype) -> None:
     """Raise UnsupportedError for what the C++ decoder alone does, or ours alone; set threads."""
-    if serving.cache != "float16":
-        raise UnsupportedError("--kv-cache is of the CPU decoder; the cache has the dtype here.")
+    if serving.cache != "float16" and CACHES[serving.cache] != dtype:
+        raise UnsupportedError(
+            f"--kv-cache is of the CPU decoder; here keys and values are {dtype}, as --dtype says."
+        )
     if serving.head_bits is not None and isinstance(config, str):
         raise UnsupportedError(f"--head-bits is of qexport's own decoders, and {config}.")
     if serving.threads is not None:

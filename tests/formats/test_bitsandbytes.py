@@ -139,8 +139,8 @@ def test_what_bitsandbytes_wrote(double: bool, tiny_model: Path, tmp_path: Path)
 
 def test_what_it_refuses() -> None:
     for scheme, said in (
-        (Scheme(NF4, 32, torch.float32), "powers of two, not 32"),
-        (Scheme(NF4, None, torch.float32), "powers of two, not None"),
+        (Scheme(NF4, 32, torch.float32), "powers of two, and this is g32"),
+        (Scheme(NF4, None, torch.float32), "powers of two, not one scale per channel"),
         (Scheme(INT4, 64, torch.float32), "has no grid that holds int4"),
     ):
         reason = FORM.verdict(scheme, (64, 192), Options()).reason
