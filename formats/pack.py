@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from qexport.checkpoint import Checkpoint, Entry, module_of
-from qexport.errors import InputError, QexportError, RefusedError, VerificationError
+from qexport.errors import InputError, RefusedError, VerificationError
 from qexport.formats.base import EMBEDDINGS, Format, Layout, Options, Plan, ReadBack, Verdict
 from qexport.formats.card import model_card
-from qexport.formats.registry import FORMATS, open_checkpoint
+from qexport.formats.holders import holders
+from qexport.formats.registry import open_checkpoint
 from qexport.formats.verify import Verification, compare, compare_rest
 from qexport.grid import Scheme
 from qexport.output import check_writable, mark, resumable_folder, write_json
@@ -77,7 +78,7 @@ def plan(source: Checkpoint, form: Format, options: Options | None = None) -> di
     for module, (scheme, shape) in source.modules.items():
         verdict = form.verdict(scheme, shape, options)
         if verdict.holder is None:
-            others = _holders(source)
+            others = holders(source)
             held = f" Formats that hold it exactly: {', '.join(others)}." if others else ""
             raise RefusedError(f"{module}: {verdict.reason}.{held}")
         verdicts[module] = verdict
@@ -301,35 +302,6 @@ def _report(
         verification=report,
         source_sha256={name: records[name]["sha256"] for name in source},
     )
-
-
-def _holders(source: Checkpoint) -> list[str]:
-    """Every format and width that holds all matrices exactly, as one writes them."""
-    matrices = set(source.modules.values())
-    found = []
-    for form in FORMATS.values():
-        widths = sorted({grid.bits for grid in form.grids})
-        held = [
-            bits
-            for bits in widths
-            if all(form.verdict(*matrix, Options(bits=bits)).exact for matrix in matrices)
-        ]
-        if held and not _can_say(source, form, Options(bits=held[0])):
-            continue
-        if held:
-            found.append(f"{form.name} ({', '.join(map(str, held))} bits)")
-    return found
-
-
-def _can_say(source: Checkpoint, form: Format, options: Options) -> bool:
-    """Whether a format that holds every matrix also has words for the model that they are of."""
-    modules = source.modules.items()
-    plan = {module: form.verdict(scheme, shape, options) for module, (scheme, shape) in modules}
-    try:
-        form.layout(source, plan, options)
-    except QexportError:
-        return False
-    return True
 
 
 def rehearse(source: Checkpoint, form: Format, options: Options | None = None) -> Plan:

@@ -107,6 +107,10 @@ def command(
         found["noise"] = {"clean": not noise.reasons(), "reasons": noise.reasons()}
     if advice is not None:
         found["advice"] = vars(advice)
+    _show(found, plot, as_json)
+
+
+def _show(found: dict[str, Any], plot: Path | None, as_json: bool) -> None:
     if plot is not None:
         plot.write_text(_chart(found), encoding="utf-8")
     if as_json:
