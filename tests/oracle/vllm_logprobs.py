@@ -7,14 +7,10 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 
 def main() -> None:
-    """For every prompt (a list of token ids) its log-probabilities, and greedy tokens after it.
-
-    `margins` are by how much the greedy tokens were more likely than the next best.
-    """
+    """For every prompt (a list of token ids) its log-probabilities, and greedy tokens after it."""
     os.environ.update(HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # vLLM is imported once, not three times
     from vllm import LLM, SamplingParams
@@ -23,21 +19,15 @@ def main() -> None:
     model = LLM(checkpoint, dtype=dtype, enforce_eager=True, max_model_len=256)
     inputs = [{"prompt_token_ids": ids} for ids in json.loads(Path(prompts).read_text())]
     sampling = SamplingParams(
-        max_tokens=int(count), prompt_logprobs=0, logprobs=2, temperature=0.0, ignore_eos=True
+        max_tokens=int(count), prompt_logprobs=0, temperature=0.0, ignore_eos=True
     )
     answers = model.generate(inputs, sampling)
-
-    def margin(at: Any) -> float:
-        best, second, *_ = sorted((entry.logprob for entry in at.values()), reverse=True)
-        return float(best - second)
-
     found = {
         "scores": [
             [next(iter(at.values())).logprob for at in answer.prompt_logprobs[1:]]
             for answer in answers
         ],
         "greedy": [list(answer.outputs[0].token_ids) for answer in answers],
-        "margins": [list(map(margin, answer.outputs[0].logprobs)) for answer in answers],
     }
     Path(out).write_text(json.dumps(found))
 
