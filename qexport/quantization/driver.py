@@ -58,12 +58,14 @@ def quantize_model(
     join()
     console.quiet = console.quiet or not is_main()
     source = dense_source(config.model)
+    plan, modules = _planned(config, source)
     identity = config.identity()
     found = finished(config.output, identity, resume=config.resume)
     if found is not None:
         console.print(f"{config.output} is finished already; --no-resume quantizes it anew.")
         return found
-    job = _prepared(config, source, console)
+    windows = _windows(config, plan, console) if config.looks else None
+    job = _Job(source, modules, stored_dtype(source), windows)
     _announce(console, config, job)
     if dry_run:
         return {"modules": len(job.modules)}
@@ -103,7 +105,8 @@ class _Job:
         return found
 
 
-def _prepared(config: QuantizeConfig, source: Checkpoint, console: Console) -> _Job:
+def _planned(config: QuantizeConfig, source: Checkpoint) -> tuple[Any, Modules]:
+    """The model without weights, and what of it is quantized. Raises where options do not fit."""
     plan = meta_model(source)
 
     def choose(name: str) -> Scheme | None:
@@ -120,18 +123,20 @@ def _prepared(config: QuantizeConfig, source: Checkpoint, console: Console) -> _
         raise InputError("--target-bpw is not for mixtures of experts yet; use --module-bits.")
     if config.target_bpw is not None:
         _check_least(config, modules, config.target_bpw)
-    windows = None
-    if config.looks:
-        tokenizer = load_tokenizer(config.model)
-        windows = calibration_windows(config, tokenizer, console.print)
-        if len(windows) < world_size():
-            raise InputError(f"{world_size()} processes have {len(windows)} windows of text.")
-        if int(windows.max()) >= plan.config.vocab_size:
-            raise InputError(f"{config.model}: its tokenizer gives tokens outside its vocabulary.")
-        context = getattr(plan.config, "max_position_embeddings", None)
-        if context is not None and config.length > context:
-            raise InputError(f"--length {config.length} is beyond the context of {context}.")
-    return _Job(source, modules, stored_dtype(source), windows)
+    return plan, modules
+
+
+def _windows(config: QuantizeConfig, plan: Any, console: Console) -> Tensor:
+    """The calibration text, int64 [windows, length]. Raises InputError where it does not fit."""
+    context = getattr(plan.config, "max_position_embeddings", None)
+    if context is not None and config.length > context:
+        raise InputError(f"--length {config.length} is beyond the context of {context}.")
+    windows = calibration_windows(config, load_tokenizer(config.model), console.print)
+    if len(windows) < world_size():
+        raise InputError(f"{world_size()} processes have {len(windows)} windows of text.")
+    if int(windows.max()) >= plan.config.vocab_size:
+        raise InputError(f"{config.model}: its tokenizer gives tokens outside its vocabulary.")
+    return windows
 
 
 def _beside(modules: Modules) -> list[str]:

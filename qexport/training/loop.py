@@ -62,12 +62,13 @@ def train(config: TrainConfig, console: Console, *, dry_run: bool = False) -> di
     join(deepspeed=config.deepspeed is not None, offload=config.offload)
     console.quiet = console.quiet or not is_main()
     source = dense_source(config.model)
+    plan, modules = _planned(config, source)
     identity = config.identity()
     found = finished(config.output, identity, resume=config.resume)
     if found is not None:
         console.print(f"{config.output} is finished already; --no-resume trains it anew.")
         return found
-    job = _prepared(config, source, console)
+    job = _prepared(config, source, plan, modules, console)
     _announce(console, config, job)
     if dry_run:
         return {"steps": job.max_steps, "tokens": job.max_steps * config.tokens_per_step}
@@ -103,15 +104,9 @@ class _Job:
     fused: bool
 
 
-def _prepared(config: TrainConfig, source: Checkpoint, console: Console) -> _Job:
-    text = _text(config, console)
-    max_steps = config.max_steps
-    if max_steps is None:
-        max_steps = max(1, len(text.rows) // config.windows_per_step)
-    if config.phase == "block":
-        max_steps = 0
+def _planned(config: TrainConfig, source: Checkpoint) -> tuple[Any, Modules]:
+    """The model without weights, and what of it is quantized. Raises where options do not fit."""
     plan = meta_model(source)
-    _check_fit(config, plan, text.rows.tokens)
     modules = quantized_modules(plan, config.scheme_of)
     config.check_patterns(quantizable(plan))
     if not modules and config.bits != DENSE:
@@ -122,6 +117,19 @@ def _prepared(config: TrainConfig, source: Checkpoint, console: Console) -> _Job
             f"{config.model} is a mixture of experts, which is not trained yet; qexport quantize "
             "takes it."
         )
+    return plan, modules
+
+
+def _prepared(
+    config: TrainConfig, source: Checkpoint, plan: Any, modules: Modules, console: Console
+) -> _Job:
+    text = _text(config, console)
+    max_steps = config.max_steps
+    if max_steps is None:
+        max_steps = max(1, len(text.rows) // config.windows_per_step)
+    if config.phase == "block":
+        max_steps = 0
+    _check_fit(config, plan, text.rows.tokens)
     if config.init is not None:
         check_init(config, source, modules)
     fused = fusing(config, modules, max_steps, console)

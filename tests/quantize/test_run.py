@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import chain, product
 from pathlib import Path
 
@@ -135,10 +136,11 @@ def test_a_killed_run_goes_on_with_its_block(
     process.wait()
     finished = len(json.loads(done.read_text())["blocks"])
     assert 1 <= finished < 6
+    another = config(model, cut.output, method=method, gptq=GptqOptions(percdamp=0.05))
     with pytest.raises(InputError, match="holds another run"):
-        quantize_model(
-            config(model, cut.output, method=method, gptq=GptqOptions(percdamp=0.05)), QUIET
-        )
+        quantize_model(another, QUIET)
+    with pytest.raises(InputError, match="48"):  # what fits no folder is told first
+        quantize_model(replace(another, group_size=48), QUIET)
     made: list[int] = []
     original = quantize_model.__globals__["quantize_block"]
 

@@ -136,6 +136,10 @@ def test_another_runs_folder_is_left_alone(tiny_model: Path, uninterrupted: Path
     result = call(command(tiny_model, uninterrupted, "--seed", "7"))
     assert result.returncode == 2
     assert "holds another run (seed 0, now 7)" in result.stderr
+    # what fits no folder is told before what does not fit this one
+    result = call(command(tiny_model, uninterrupted, "--seed", "7", "--exclude", "nothing.like.it"))
+    assert result.returncode == 2
+    assert "nothing.like.it" in result.stderr
 
 
 def test_no_resume_starts_over(tiny_model: Path, tmp_path: Path, cli: Cli) -> None:
