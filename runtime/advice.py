@@ -20,6 +20,7 @@ _READING = 0.1  # seconds a token: people read no faster
 _TRAINING_BYTES = 16  # of a weight: float32 master, gradient, two moments
 _ACTIVATIONS = 1.25  # times as much, with checkpointing
 _LARGEST_BATCH = 1024
+_Q4_0 = "int4 in groups of 32 is exactly Q4_0, for llama.cpp and for us"
 _NAMES = {"int4": "4", "int3": "3", "seq2": "2"}
 
 
@@ -69,7 +70,7 @@ def _gpu_serving(model: Model, hardware: Hardware, context: int) -> Advice:
         fit = most_sequences(model, hardware, scheme, context) or 0
         if fit < _USERS and grid != "seq2":
             reasons.append(
-                f"{grid} leaves room for {fit} sequences of {context} tokens, fewer than {_USERS}"
+                f"{grid} leaves room for {_sequences(fit, context)}, fewer than {_USERS}"
             )
             continue
         if fit == 0:
@@ -79,7 +80,7 @@ def _gpu_serving(model: Model, hardware: Hardware, context: int) -> Advice:
             model, hardware, scheme
         ).decode_seconds(1, context)
         reasons.append(
-            f"{grid} leaves room for {fit} sequences of {context} tokens, and one alone is up to "
+            f"{grid} leaves room for {_sequences(fit, context)}, and one alone is up to "
             f"{faster:.1f} times as fast as in bfloat16"
         )
         break
@@ -109,7 +110,7 @@ def _offline(model: Model, hardware: Hardware, context: int) -> Advice:
         reasons = [_too_large("int4", context)]
         return Advice(_method("int4"), "4", int4.group_size, "gptq", reasons)
     reasons = [
-        f"{name}: at most {rate:,.0f} tokens/s, with {batch} sequences of {context} tokens"
+        f"{name}: at most {rate:,.0f} tokens/s, with {_sequences(batch, context)}"
         for name, (rate, batch) in rates.items()
     ]
     ours = {name: rate for name, (rate, _) in rates.items() if name != "W8A8"}
@@ -141,8 +142,12 @@ def _cpu(model: Model, hardware: Hardware, context: int) -> Advice:
         reasons.append("no width makes 10 tokens a second; 2 bits come closest")
     form = "gguf" if found == "int4" else "native"
     if found == "int4":
-        reasons.append("int4 in groups of 32 is exactly Q4_0, for llama.cpp and for us")
+        reasons.append(_Q4_0)
     return Advice(_method(found), _NAMES[found], scheme.group_size, form, reasons)
+
+
+def _sequences(count: int, context: int) -> str:
+    return f"{count} sequence{'' if count == 1 else 's'} of {context} tokens"
 
 
 def _too_large(grid: str, context: int) -> str:
@@ -168,5 +173,8 @@ def _finetune(model: Model, hardware: Hardware) -> Advice:
         "4 bits lose next to nothing after a short training; 2 bits want billions of tokens to "
         "come near, and pay where memory or speed at small batches is what counts"
     )
-    scheme = _scheme("int4", model, 64)
-    return Advice(_method("int4"), "4", scheme.group_size, "gptq", reasons)
+    form, largest = ("gguf", 32) if hardware.kind == "cpu" else ("gptq", 64)
+    if hardware.kind == "cpu":
+        reasons.append(_Q4_0)
+    scheme = _scheme("int4", model, largest)
+    return Advice(_method("int4"), "4", scheme.group_size, form, reasons)

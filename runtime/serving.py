@@ -102,6 +102,8 @@ def open_decoder(checkpoint: Checkpoint, serving: Serving) -> Decoder:
     in_cpp = not isinstance(config, str) and _in_cpp(config, device, serving)
     if not in_cpp:
         _check_elsewhere(serving, config, dtype)
+        if serving.threads is not None:
+            torch.set_num_threads(serving.threads)
     if isinstance(config, str):
         return AnyDecoder(
             checkpoint,
@@ -143,15 +145,13 @@ def _in_cpp(config: DecoderConfig, device: torch.device, serving: Serving) -> bo
 
 
 def _check_elsewhere(serving: Serving, config: DecoderConfig | str, dtype: torch.dtype) -> None:
-    """Raise UnsupportedError for what the C++ decoder alone does, or ours alone; set threads."""
+    """Raise UnsupportedError for what the C++ decoder alone does, or ours alone."""
     if serving.cache != "float16" and CACHES[serving.cache] != dtype:
         raise UnsupportedError(
             f"--kv-cache is of the CPU decoder; here keys and values are {dtype}, as --dtype says."
         )
     if serving.head_bits is not None and isinstance(config, str):
         raise UnsupportedError(f"--head-bits is of qexport's own decoders, and {config}.")
-    if serving.threads is not None:
-        torch.set_num_threads(serving.threads)
 
 
 def _context(

@@ -251,7 +251,7 @@ def _print_times(found: dict[str, Any]) -> None:
             room = fit[name] is None or batch <= fit[name]
             step = f"{times[name][batch] * 1e3:.2f}" if room else "no room"
             cells += f"{step:>12}{size(memory[name][batch]):>12}"
-        click.echo(f"  {batch:>5} sequences at a time    {cells}")
+        click.echo(f"  {f'batch {batch}':<28}{cells}")
     first = {name: "no room" if fit[name] == 0 else f"{t * 1e3:.2f}" for name, t in first.items()}
     cells = "".join(f"{first[name]:>12}{'':>12}" for name in names)
     click.echo(f"  to the first token of {found['prompt']:<6}{cells}")

@@ -68,6 +68,9 @@ def test_training_says_how_many_devices_it_takes() -> None:
     """16 bytes a weight and activations: 8 billion take 160 GB."""
     found = advise("finetune", model(), GPUS["h200"], 4096)
     assert "161 GB" in found.reasons[0] and "2 of this device" in found.reasons[1]
+    assert (found.format, found.group_size) == ("gptq", 64)
+    on_cpu = advise("finetune", model(), CPUS["epyc-9654"], 4096)
+    assert (on_cpu.format, on_cpu.group_size) == ("gguf", 32)  # what a CPU is advised to serve
 
 
 def test_groups_divide_every_matrix() -> None:
