@@ -200,14 +200,10 @@ def _compensate(passage: Passage, scale_init: Literal["paper", "mse"]) -> None:
 
 
 def _train(passage: Passage, targets: Stream, settings: BlockSettings) -> tuple[float, float]:
-    """Train one block; its error before the first step, and over the last quarter of them."""
+    """Train one block; the error of its first batch before and after, of all where none is."""
     block, device, count = passage.block, passage.device, passage.count
     if not settings.epochs:
-        with torch.no_grad():
-            each = [
-                lost_share(relative_errors(made, targets.read(rows, device)))
-                for rows, made in passage.outputs()
-            ]
+        each = [_error(passage, targets, rows) for rows in parts(count, settings.batch_size)]
         return (sum(each) / len(each),) * 2
     scales = [p for name, p in block.named_parameters() if name.endswith(".alpha")]
     weights = [p for name, p in block.named_parameters() if not name.endswith(".alpha")]
@@ -220,18 +216,23 @@ def _train(passage: Passage, targets: Stream, settings: BlockSettings) -> tuple[
     scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     dice = torch.Generator().manual_seed(settings.seed + (passage.index << 32))
-    errors = []
-    for _ in range(settings.epochs):
-        order = torch.randperm(count, generator=dice)
+    orders = [torch.randperm(count, generator=dice) for _ in range(settings.epochs)]
+    shown = orders[0][: settings.batch_size]
+    before = _error(passage, targets, shown)
+    for order in orders:
         for part in parts(count, settings.batch_size):
             rows = order[part]
-            found = relative_errors(passage.run(rows), targets.read(rows, device))
-            loss = found.mean()
+            loss = relative_errors(passage.run(rows), targets.read(rows, device)).mean()
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
-            errors.append(lost_share(found.detach()))
-    last = errors[-max(1, len(errors) // 4) :]
-    return errors[0], sum(last) / len(last)
+    return before, _error(passage, targets, shown)
+
+
+@torch.no_grad()
+def _error(passage: Passage, targets: Stream, rows: slice | Tensor) -> float:
+    """What the block's output for some windows has lost."""
+    made = passage.run(rows)
+    return lost_share(relative_errors(made, targets.read(rows, passage.device)))

@@ -15,7 +15,8 @@ COMPILER = shutil.which("g++") or shutil.which("clang++")
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here")
 def test_kernels_are_clean(tmp_path: Path) -> None:
     assert COMPILER is not None
-    flags = ["-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-pthread", f"-I{SOURCES}"]
+    # unoptimized: nothing is folded away unchecked, and it compiles in a quarter of the time
+    flags = ["-std=c++20", "-O0", "-g1", "-ffp-contract=off", "-pthread", f"-I{SOURCES}"]
     checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     objects = []
     building = []
