@@ -21,10 +21,12 @@ def peers() -> str:
     ]
     head = ["SmolLM2-135M, two CPU cores", "qexport", "vLLM 0.32", "llama.cpp", "GPTQModel 7.7"]
     lines = [[cell or "–" for cell in line] for line in lines]
+    cpus = [load(name)["machine"]["cpu"] for name in ("serve_load.json", "ptq-smollm2.json")]
     seconds = [rows[f"{kind} Q4_0"]["seconds"] for kind in ("mixed as", "llama.cpp")]
     note = (
         "The model is SmolLM2-135M-Instruct as a package on PyPI has it: in Q4_1, made dense. "
-        "The machine is shared, and the report of the steps calls itself noisy: read ratios. vLLM "
+        f"The clients' row is of an {cpus[0]}, the others of an {cpus[1]}. "
+        "Both are shared, and the report of the steps calls itself noisy: read ratios. vLLM "
         "as it comes computes on one of the two cores and schedules on the other. Mixing took "
         f"{seconds[0]:.0f} s, llama.cpp {seconds[1]:.0f} s and the importance matrix. Conditions "
         "and much more: [docs/figures.md](/docs/figures.md)."

@@ -80,7 +80,7 @@ def command(
     if not local and not (known or insecure):
         raise InputError(f"--host {host} opens the model to others; add --api-key or --insecure.")
     listener = _listen(host, port)  # before the model is loaded: a taken port is told at once
-    name = served_model_name or path.resolve().name
+    name = served_model_name or _called(path)
     if vllm.chosen:
         port = listener.getsockname()[1]
         listener.close()
@@ -115,6 +115,11 @@ def command(
         generator.close()
         if log is not None:
             log.close()
+
+
+def _called(path: Path) -> str:
+    """A folder's name as it was typed, which a symbolic link's is not the one it leads to."""
+    return path.resolve().name if path.name in ("", "..") else path.name
 
 
 def _keys(given: tuple[str, ...], file: Path | None) -> list[str]:

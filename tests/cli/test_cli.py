@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from qexport.cli import COMMANDS
+from qexport.cli.serve import _called
 from tests.conftest import Cli, Runs
 
 
@@ -150,3 +151,15 @@ def test_chat_forgets(cli: Cli, runs: Runs) -> None:
     assert result.returncode == 0, result.stderr
     first, second, *rest = result.stdout.split("\n")
     assert (first, rest) == (second, [""])
+
+
+def test_a_model_is_called_as_its_folder_was_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "native" / "deep").mkdir(parents=True)
+    (tmp_path / "packed").symlink_to(tmp_path / "native")
+    monkeypatch.chdir(tmp_path / "native")
+    for typed in ("../packed", "../packed/", tmp_path / "packed"):
+        assert _called(Path(typed)) == "packed"
+    for typed in (".", "deep/..", "../native"):
+        assert _called(Path(typed)) == "native"
