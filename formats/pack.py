@@ -359,7 +359,8 @@ def _recode(tensor: Stored, verdict: Verdict, name: str) -> QuantizedTensor:
         smallest = torch.finfo(holder.scale_dtype).tiny  # below it a rounding may cost all bits
         if not bool(scales.isfinite().all()) or bool((scales.abs() < smallest).any()):
             raise RefusedError(
-                f"{module_of(name)}: a scale is out of the range of {holder.scale_dtype}."
+                f"{module_of(name)}: a scale is out of the range of {holder.scale_dtype}'s normal "
+                "numbers, and is not rounded to others; native holds it."
             )
         scheme = replace(tensor.scheme, scale_dtype=holder.scale_dtype)
         tensor = replace(tensor, scales=scales, scheme=scheme)
