@@ -25,7 +25,8 @@ def peers() -> str:
     seconds = [rows[f"{kind} Q4_0"]["seconds"] for kind in ("mixed as", "llama.cpp")]
     note = (
         "The model is SmolLM2-135M-Instruct as a package on PyPI has it: in Q4_1, made dense. "
-        f"The clients' row is of an {cpus[0]}, the others of an {cpus[1]}. "
+        f"The clients' row is of an {cpus[0]}, the others of an {cpus[1]}, "
+        "where the lead under load was smaller, by an older count. "
         "Both are shared, and the report of the steps calls itself noisy: read ratios. vLLM "
         "as it comes computes on one of the two cores and schedules on the other. Mixing took "
         f"{seconds[0]:.0f} s, llama.cpp {seconds[1]:.0f} s and the importance matrix. Conditions "
