@@ -189,8 +189,8 @@ def load_test() -> str:
         "middle and one request in fifty malformed, one server after the other. Memory of ours "
         f"went from {begin:,} to {end:,} MiB over the last two minutes. vLLM as it comes: of two "
         "cores its worker computes on one, and the other is its server's and scheduler's. "
-        f"The lead depends on machine and count: on an {other['machine']['cpu']}, by an older count "
-        "that took pieces of text for tokens and had prefixes of ours alone warm, these were "
+        f"The lead depends on machine and count: on an {other['machine']['cpu']}, by an older "
+        "count that took pieces of text for tokens and had prefixes of ours alone warm, these were "
         + ", ".join(f"{other[name]['tokens/s']:.0f}" for name in names)
         + " tokens/s, in the order of the table."
     )
