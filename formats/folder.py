@@ -242,7 +242,8 @@ def single_scheme(name: str, modules: Modules) -> Scheme:
     if len(schemes) != 1:
         raise RefusedError(
             f"{name} is written with one width and group size for the whole model, and this run "
-            f"has {len(schemes)} schemes; native, compressed-tensors and gguf hold them."
+            f"has {len(schemes)} schemes; native holds them, and compressed-tensors and gguf have "
+            "room for several."
         )
     return schemes.pop()
 

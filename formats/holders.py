@@ -9,25 +9,32 @@ __all__ = ["holders"]
 
 
 def holders(source: Checkpoint) -> list[str]:
-    """Every format and width that holds all matrices exactly, as one writes them."""
-    matrices = set(source.modules.values())
+    """Every format that holds all matrices exactly, as a user asks for it.
+
+    For a run of one scheme with the widths that hold it; for several, each in its own width, or
+    with the `--bits` that holds them all where a format has one width alone.
+    """
+    mixed = len({scheme for scheme, _ in source.modules.values()}) > 1
     found = []
     for form in FORMATS.values():
         widths = sorted({grid.bits for grid in form.grids})
-        held = [
-            bits
-            for bits in widths
-            if all(form.verdict(*matrix, Options(bits=bits)).exact for matrix in matrices)
-        ]
-        if held and _can_say(source, form, Options(bits=held[0])):
+        held = [bits for bits in widths if _holds(source, form, Options(bits=bits))]
+        if mixed and _holds(source, form, Options()):
+            found.append(form.name)
+        elif mixed and held:
+            found.append(f"{form.name} --bits {held[0]}")
+        elif held:
             found.append(f"{form.name} ({', '.join(map(str, held))} bits)")
     return found
 
 
-def _can_say(source: Checkpoint, form: Format, options: Options) -> bool:
-    """Whether a format that holds every matrix also has words for the model that they are of."""
-    modules = source.modules.items()
-    plan = {module: form.verdict(scheme, shape, options) for module, (scheme, shape) in modules}
+def _holds(source: Checkpoint, form: Format, options: Options) -> bool:
+    """Whether a format holds every matrix, and has words for the model that they are of."""
+    matrices = set(source.modules.values())
+    verdicts = {matrix: form.verdict(*matrix, options) for matrix in matrices}
+    if not all(verdict.exact for verdict in verdicts.values()):
+        return False
+    plan = {module: verdicts[matrix] for module, matrix in source.modules.items()}
     try:
         form.layout(source, plan, options)
     except QexportError:

@@ -97,6 +97,20 @@ def test_formats_that_are_named_hold_the_whole_model(
     assert not any(form in named for form in ("gptq", "awq", "humming"))
 
 
+def test_what_a_refusal_names_can_be_packed(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
+    """Two widths: gptq holds both at 8 bits, and not as it chooses by itself."""
+    run = tmp_path / "run"
+    mixed = ("--group-size", "32", "--module-bits", "*.down_proj=8:32")
+    result = cli("quantize", tiny_model, "--method", "rtn", "--bits", "4", *mixed, "-o", run)
+    assert result.returncode == 0, result.stderr
+    result = cli("pack", run, "--format", "awq", "-o", tmp_path / "out")
+    named = result.stderr.partition("hold it exactly: ")[2].strip().rstrip(".").split(", ")
+    assert "gptq --bits 8" in named and "compressed-tensors" in named, result.stderr
+    for asked in named:
+        packed = cli("pack", run, "--format", *asked.split(), "--dry-run", "-o", tmp_path / "out")
+        assert packed.returncode == 0, (asked, packed.stderr)
+
+
 def test_json_has_no_infinity(cli: Cli, runs: Runs, tmp_path: Path) -> None:
     run = runs("2")
     assert cli("pack", run, "--format", "native", "-o", tmp_path / "out").returncode == 0

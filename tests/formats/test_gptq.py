@@ -160,7 +160,7 @@ def test_shapes_that_words_do_not_divide_are_refused(tmp_path: Path) -> None:
 
 def test_mixed_schemes_are_refused(tmp_path: Path) -> None:
     layers = {"a.weight": tensor("int4", 32, 32, None), "b.weight": tensor("int3", 32, 32, None)}
-    with pytest.raises(RefusedError, match=r"has 2 schemes; native, .* hold them"):
+    with pytest.raises(RefusedError, match=r"has 2 schemes; native holds them"):
         pack(checkpoint(tmp_path, dict(layers)), FORMATS["gptq"], tmp_path / "out")
 
 
