@@ -46,6 +46,13 @@ def test_train(field: str, value: Any) -> None:
         qexport.TrainConfig(**settings)
 
 
+@pytest.mark.parametrize(("steps", "saved"), [(50, 20), (600, 60), (9000, 200)])
+def test_a_run_is_saved_ten_times(steps: int, saved: int) -> None:
+    settings: dict[str, Any] = dict(TRAIN)
+    assert qexport.TrainConfig(**settings).steps_between_saves(steps) == saved
+    assert qexport.TrainConfig(**settings, save_steps=7).steps_between_saves(steps) == 7
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("group_size", "x"), ("samples", "4"), ("gptq", {"percdamp": 0.1}), ("sym", "yes")],

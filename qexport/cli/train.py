@@ -139,7 +139,11 @@ class _TrainCommand(Command):
 @click.option(
     "--offload", is_flag=True, help="With --shard: keep parts in their hosts' memory between uses."
 )
-@click.option("--save-steps", default=200, show_default=True, help="Steps between checkpoints.")
+@click.option(
+    "--save-steps",
+    type=int,
+    help="Steps between checkpoints; default: a tenth of the run, from 20 to 200.",
+)
 @click.option(
     "--log-steps",
     default=1,

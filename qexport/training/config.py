@@ -115,7 +115,7 @@ class TrainConfig:
     shard: bool = False
     offload: bool = False
     deepspeed: Path | None = None
-    save_steps: int = 200
+    save_steps: int | None = None
     log_steps: int = 1
     resume: bool = True
 
@@ -266,6 +266,10 @@ class TrainConfig:
     @property
     def tokens_per_step(self) -> int:
         return self.max_length * self.windows_per_step
+
+    def steps_between_saves(self, max_steps: int) -> int:
+        """Of a run of `max_steps`: as told, or a tenth of it within bounds."""
+        return self.save_steps or min(200, max(20, max_steps // 10))
 
     @property
     def windows_per_step(self) -> int:

@@ -251,7 +251,7 @@ def _arguments(config: TrainConfig, max_steps: int, precision: str) -> TrainingA
         use_cpu=not torch.cuda.is_available() and deepspeed is None,
         ddp_find_unused_parameters=False,
         save_strategy="steps",
-        save_steps=config.save_steps,
+        save_steps=config.steps_between_saves(max_steps),
         save_only_model=config.shard,  # Trainer cannot save the rest of these; our state does
         logging_steps=config.log_steps,
         logging_nan_inf_filter=False,
