@@ -53,6 +53,7 @@ def test_greedy_text_is_transformers(model: Path, tmp_path: Path) -> None:
     """20 prompts x 64 tokens in exact mode, all at once on our side.
 
     On theirs in one pass over each answer: every token is the likeliest after those before it.
+    The first answer also by their own `generate`, with a cache.
     """
     pack(rounded(model, "int4", 64), FORMATS["native"], tmp_path / "int4")
     theirs, tokenizer, _ = open_model(tmp_path / "int4", "float32")
@@ -67,6 +68,8 @@ def test_greedy_text_is_transformers(model: Path, tmp_path: Path) -> None:
             logits = theirs(torch.tensor([prompt + made[:-1]])).logits[0, len(prompt) - 1 :]
         assert made == logits.argmax(-1).tolist(), tokenizer.decode(prompt)
         assert len(made) == 64 or made[-1] == tokenizer.eos_token_id
+    written = theirs.generate(torch.tensor([prompts[0]]), max_new_tokens=64, do_sample=False)
+    assert found[0] == written[0, len(prompts[0]) :].tolist()
 
 
 _MEASURE = """
