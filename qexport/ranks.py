@@ -14,6 +14,8 @@ from accelerate import PartialState
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from qexport.errors import QexportError
+
 __all__ = [
     "assign",
     "barrier",
@@ -97,9 +99,14 @@ def count_processes() -> None:
 
 
 def barrier() -> None:
-    """Wait until all are here."""
+    """Wait until all are here. Raises QexportError where one has ended instead."""
     if world_size() > 1:
-        PartialState().wait_for_everyone()
+        try:
+            PartialState().wait_for_everyone()
+        except RuntimeError as error:  # a connection of gloo's or NCCL's that was closed
+            raise QexportError(
+                "another process of this run has ended; the reason is what it said."
+            ) from error
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -224,3 +224,16 @@ def test_mistakes_in_a_sentence(tiny_model: Path, tmp_path: Path, cli: Cli) -> N
     ):
         result = cli("train", tiny_model, *options(tmp_path / "run", 4), *extra)
         assert result.returncode == 2 and said in result.stderr
+
+
+def test_where_one_process_fails_the_others_say_so(tiny_model: Path, tmp_path: Path) -> None:
+    data = tmp_path / "bad.jsonl"
+    data.write_text('{"txt": 1}\n')
+    asked = ("train", tiny_model, *options(tmp_path / "run", 2), "--data", data)
+    result = subprocess.run(
+        torchrun(2, *asked), capture_output=True, text=True, check=False, env=ENVIRONMENT
+    )
+    assert result.returncode != 0
+    said = [line for line in result.stderr.splitlines() if "Error: " in line]
+    assert any('neither "text" nor "messages"' in line for line in said), result.stderr
+    assert "[rank1]: Traceback" not in result.stderr, result.stderr
