@@ -64,7 +64,7 @@ class Awq(FolderFormat):
         }
 
     def quantization_config(self, modules: Modules, source: Checkpoint) -> dict[str, Any]:
-        scheme = single_scheme(self.name, modules)
+        scheme = single_scheme(self, modules)
         return {
             "quant_method": "awq",
             "bits": 4,

@@ -6,6 +6,7 @@ checks files against it, writing plans files by it, and sizes are counted from i
 
 import json
 from abc import abstractmethod
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -236,16 +237,26 @@ def dense_linears(source: Checkpoint) -> list[str]:
     return named if "lm_head" in modules else ["lm_head", *named]
 
 
-def single_scheme(name: str, modules: Modules) -> Scheme:
+def single_scheme(form: Format, modules: Modules) -> Scheme:
     """The one scheme of all modules, for layouts whose config has room for one."""
     schemes = {scheme for scheme, _ in modules.values()}
     if len(schemes) != 1:
         raise RefusedError(
-            f"{name} is written with one width and group size for the whole model, and this run "
-            f"has {len(schemes)} schemes; native holds them, and compressed-tensors and gguf have "
-            "room for several."
+            f"{form.name} is written with one width and group size for the whole model, and this "
+            f"run has {len(schemes)} schemes; {_wider(form, schemes)}native holds them, and "
+            "compressed-tensors and gguf have room for several."
         )
     return schemes.pop()
+
+
+def _wider(form: Format, schemes: set[Scheme]) -> str:
+    """What to ask for, where schemes differ in their grids alone and a wide one holds all."""
+    if len({replace(scheme, grid=form.grids[0]) for scheme in schemes}) > 1:
+        return ""
+    for grid in form.grids:
+        if all(scheme.grid.factor_into(grid) for scheme in schemes):
+            return f"--bits {grid.bits} holds them all, "
+    return ""
 
 
 def group_size_of(

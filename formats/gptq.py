@@ -82,7 +82,7 @@ class Gptq(FolderFormat):
         }
 
     def quantization_config(self, modules: Modules, source: Checkpoint) -> dict[str, Any]:
-        scheme = single_scheme(self.name, modules)
+        scheme = single_scheme(self, modules)
         dense = dense_linears(source)
         return {
             "quant_method": "gptq",

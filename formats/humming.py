@@ -81,7 +81,7 @@ class Humming(FolderFormat):
         return parts
 
     def quantization_config(self, modules: Modules, source: Checkpoint) -> dict[str, Any]:
-        scheme = single_scheme(self.name, modules)
+        scheme = single_scheme(self, modules)
         return {
             "quant_method": "humming",
             # not `dtype` and `group_size`: the engine takes these for the activations' too

@@ -102,6 +102,11 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever a damaged file made it trip over
+        if folder.is_dir() and not [*folder.glob("*token*"), *folder.glob("vocab*")]:
+            raise CheckpointError(
+                f"{folder} has no tokenizer; copy tokenizer.json and tokenizer_config.json into it "
+                "from the model that it was made of."
+            ) from error
         raise CheckpointError(
             f"{folder} has no tokenizer that transformers can load ({first_line(error)})."
         ) from error

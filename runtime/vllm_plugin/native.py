@@ -153,9 +153,10 @@ class NativeLinearMethod(LinearMethodBase):
             for name, (dtype, shape) in self._stored(shard, rows).items():
                 empty = Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
                 layer.register_parameter(f"{name}_{index}", empty)
-        for name in sorted({name for shard in shards for name in self._stored(shard, 1)}):
+        names = {k: dtype for shard in shards for k, (dtype, _) in self._stored(shard, 1).items()}
+        for name, dtype in names.items():
             # the name in the checkpoint: an empty parameter that places what is loaded
-            entry = Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
+            entry = Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             vars(entry)["weight_loader"] = self._loader(layer, name)
             layer.register_parameter(name, entry)
 

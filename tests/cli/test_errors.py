@@ -235,6 +235,15 @@ def test_code_in_a_checkpoint_is_never_run(cli: Cli, tiny_model: Path, place: Pa
         assert not proof.exists()
 
 
+def test_a_model_without_a_tokenizer(cli: Cli, tiny_model: Path, place: Path) -> None:
+    model = model_copy(tiny_model, place)
+    for path in model.glob("*token*"):
+        path.unlink()
+    result = cli("generate", model, "-p", "x")
+    assert result.returncode == 1
+    assert "has no tokenizer; copy tokenizer.json and" in result.stderr
+
+
 def test_a_model_that_is_not_whole_or_diverges(cli: Cli, tiny_model: Path, place: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file

@@ -159,9 +159,16 @@ def test_shapes_that_words_do_not_divide_are_refused(tmp_path: Path) -> None:
 
 
 def test_mixed_schemes_are_refused(tmp_path: Path) -> None:
-    layers = {"a.weight": tensor("int4", 32, 32, None), "b.weight": tensor("int3", 32, 32, None)}
+    """And the width is named that holds them all, where there is one."""
+    wide, narrow = tensor("int4", 32, 32, None), tensor("int3", 32, 32, None)
+    source = checkpoint(tmp_path, {"a.weight": wide, "b.weight": narrow})
+    with pytest.raises(RefusedError, match=r"has 2 schemes; --bits 4 holds them all, native"):
+        pack(source, FORMATS["gptq"], tmp_path / "out")
+    assert pack(source, FORMATS["gptq"], tmp_path / "out", Options(bits=4)).exact
+    grouped = tensor("int4", 32, 32, 16)
+    source = checkpoint(tmp_path / "grouped", {"a.weight": wide, "b.weight": grouped})
     with pytest.raises(RefusedError, match=r"has 2 schemes; native holds them"):
-        pack(checkpoint(tmp_path, dict(layers)), FORMATS["gptq"], tmp_path / "out")
+        pack(source, FORMATS["gptq"], tmp_path / "other")
 
 
 def rewrite(folder: Path, **tensors: torch.Tensor) -> None:

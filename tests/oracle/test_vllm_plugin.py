@@ -51,7 +51,9 @@ def vllm(
 
 def tokens(checkpoint: Path, prompts: list[list[int]], scratch: Path, **engine: Any) -> Any:
     result = vllm(checkpoint, prompts, scratch, **engine)
-    assert (scratch / "out.json").exists(), (result.stdout + result.stderr)[-4000:]
+    said = result.stdout + result.stderr
+    assert (scratch / "out.json").exists(), said[-4000:]
+    assert "Attempted to load weight" not in said  # into another dtype, which would alarm a user
     return json.loads((scratch / "out.json").read_text())
 
 
