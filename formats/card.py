@@ -28,6 +28,9 @@ llama-server -m model.gguf
 ```
 Or `qexport serve .`""",
 }
+_SERVE = """```
+qexport serve .
+```"""
 _TRANSFORMERS = """In Python, with the loader that transformers asks for ({needs}):
 ```python
 from transformers import AutoModelForCausalLM
@@ -35,6 +38,8 @@ model = AutoModelForCausalLM.from_pretrained(".")
 ```
 Or `qexport serve .`"""
 _NEEDS = {
+    "gptq": "gptqmodel and optimum",
+    "gptq_v2": "gptqmodel and optimum",
     "awq": "gptqmodel and accelerate",
     "compressed-tensors": "compressed-tensors, 0.18 or newer for 3 bits",
     "int-quantized": "compressed-tensors",
@@ -49,11 +54,12 @@ def model_card(source: Checkpoint, report: dict[str, Any]) -> str:
     verification = report["verification"]
     proof = _proof(verification)
     evaluation = _perplexity(source.folder)
-    needs = _NEEDS.get(form, "gptqmodel and optimum")
     experts = any(map(expert_of, source.modules))
-    alone = form == "humming" or (experts and form == "native")
-    run = "```\nqexport serve .\n```" if alone else _RUN.get(form)
-    run = run or _TRANSFORMERS.format(needs=needs)
+    run = _RUN.get(form, _SERVE)
+    if form in _NEEDS:
+        run = _TRANSFORMERS.format(needs=_NEEDS[form])
+    elif experts and form == "native":
+        run = _SERVE  # `qexport.hf` does not load them
     stored = {verdict["stored"] for verdict in report["verdicts"]}
     vllm = vllm_support(form, stored, experts=experts, unlike=unlike_parts(source))
     if vllm.devices:

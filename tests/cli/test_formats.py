@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qexport.formats import FORMATS
+from qexport.grid import SEQ2
 from tests.conftest import Cli, Runs
 
 
@@ -44,7 +45,8 @@ def test_a_card_and_the_verdicts_stand_beside_the_weights(
     assert "qexport serve" in card
     report = json.loads((tmp_path / "out" / "qexport.json").read_text())
     (verdict,) = {v["verdict"] for v in report["verdicts"]}
-    assert verdict == ("exact" if form in ("native", "humming") else "embedded")
+    own = form != "gguf" and SEQ2 in FORMATS[form].grids  # gguf's SEQ-2 is for groups of 256
+    assert verdict == ("exact" if own else "embedded")
     assert sum(v["modules"] for v in report["verdicts"]) == 14
     assert all(len(digest) == 64 for digest in report["source_sha256"].values())
     generated = cli("generate", tmp_path / "out", "-p", "Hello", "--max-tokens", "3")

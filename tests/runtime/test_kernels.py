@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qexport.errors import InputError, UnsupportedError
 from qexport.grid import GRIDS, Grid, Scheme
-from qexport.runtime.kernels import KERNELS, choose
+from qexport.runtime.kernels import KERNELS, Kernel, choose
 from qexport.runtime.kernels.cpu import CpuKernel
 from qexport.runtime.kernels.cpu_library import library
 from qexport.runtime.kernels.humming import _exactly
@@ -20,6 +20,8 @@ CPU = torch.device("cpu")
 TOKENS = (*range(1, 10), 16, 64, 200)
 SHAPES = ((48, 256), (33, 160), (17, 100), (5, 32), (130, 384))
 GROUPS = (None, 32, 64, 128, 96, 256)
+ROUNDING = ("cpu",)  # kernels that round activations to int8
+HERE = [kernel for kernel in KERNELS.values() if kernel.device in (None, "cpu")]
 
 pytestmark = pytest.mark.skipif(library() is None, reason="installed without a C++ compiler")
 
@@ -44,7 +46,8 @@ def weight(
     codes = torch.randint(0, grid.levels, shape, generator=generator, dtype=torch.uint8)
     scales = portable(torch.rand(groups, generator=generator) * 0.1 + 0.001).to(dtype)
     zeros = torch.randint(0, grid.levels, groups, generator=generator, dtype=torch.uint8)
-    return QuantizedTensor(codes, scales, scheme, zeros if scheme.grid.zeros else None)
+    minima = torch.rand(groups, generator=generator) if grid.minima else None
+    return QuantizedTensor(codes, scales, scheme, zeros if grid.zeros else None, minima)
 
 
 def fits(shape: tuple[int, int], group: int | None) -> bool:
@@ -96,6 +99,31 @@ def test_every_grid_and_shape(isa: str, grid: Grid) -> None:
                 assert bool((error <= int8_bound(held, x)).all()), (shape, group, m)
 
 
+@pytest.mark.parametrize("kernel", HERE, ids=lambda kernel: kernel.name)
+def test_every_kernel_of_this_machine(kernel: Kernel) -> None:
+    """On all that it does not refuse: the products of what the codes stand for."""
+    taken = 0
+    for grid in GRIDS.values():
+        for shape in SHAPES:
+            for group in (None, 16, 20, 32, 64):
+                scheme = Scheme(grid, group)
+                if not fits(shape, group) or kernel.refuses(scheme, shape, CPU) is not None:
+                    continue
+                taken += 1
+                held = weight(grid, group, shape, torch.float16)
+                bias = torch.linspace(-1, 1, shape[0]) if group == 32 else None
+                linear, dense = kernel.prepack(held, bias), held.dequantize().double()
+                for m in (1, 3, 16):
+                    x = torch.randn(m, shape[1], generator=torch.Generator().manual_seed(m))
+                    want = x.double() @ dense.T + (0 if bias is None else bias.double())
+                    bound = (x.double().abs() @ dense.abs().T) * 1e-6 + 1e-5
+                    if kernel.name in ROUNDING:
+                        bound = int8_bound(held, x)
+                    error = (linear.matmul(x) - want).abs()
+                    assert bool((error <= bound).all()), (str(scheme), shape, m)
+    assert taken, "refuses everything"
+
+
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("name", ["seq2", "int3", "int4", "int8", "uint4", "binary"])
 def test_a_token_does_not_depend_on_its_batch(isa: str, name: str, exact: bool) -> None:
@@ -139,8 +167,9 @@ def test_the_choice_says_why() -> None:
     chosen = choose(Scheme(GRIDS["seq2"], 64), (64, 64), CPU)
     assert str(chosen) == "cpu"
     chosen = choose(Scheme(GRIDS["seq2"], 16), (64, 64), CPU)
-    assert chosen.kernel.name == "reference"
+    assert chosen.kernel.name not in ("cpu", "cpu-exact")
     assert "groups of 16 are no multiple of 32" in str(chosen)
+    assert choose(Scheme(GRIDS["nf4"], 64), (64, 64), CPU).kernel.name == "reference"
     assert choose(Scheme(GRIDS["seq2"], 64), (64, 64), CPU, "reference").kernel.name == "reference"
     with pytest.raises(UnsupportedError, match="kernel cpu does not take seq2 g16"):
         choose(Scheme(GRIDS["seq2"], 16), (64, 64), CPU, "cpu")
