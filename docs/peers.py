@@ -12,8 +12,8 @@ def peers() -> str:
     lines = [
         ["proof that the file is the model", "every bit", "", "", ""],
         _on_disk(),
-        _step("a step for one sequence, 4 bits, ms", 1, "vllm int4", "our plugin"),
-        _step("a step for 32 sequences, 4 bits, ms", 32, "vllm dense", "bfloat16"),
+        _step("a step for one sequence, 4 bits, ms", 1),
+        _step("a step for 32 sequences, 4 bits, ms", 32),
         _clients(),
         *_accuracy(rows),
         ["on GPUs", "not measured yet", "years of use", "years of use", "years of use"],
@@ -25,8 +25,8 @@ def peers() -> str:
     seconds = [rows[f"{kind} Q4_0"]["seconds"] for kind in ("mixed as", "llama.cpp")]
     note = (
         "The model is SmolLM2-135M-Instruct as a package on PyPI has it: in Q4_1, made dense. "
-        f"The clients' row is of an {cpus[0]}, the others of an {cpus[1]}, "
-        "where the lead under load was smaller, by an older count. "
+        f"Steps and clients are of an {cpus[0]}; on an {cpus[1]} the leads at 32 "
+        "sequences and under load were smaller, the latter by an older count. "
         "Both are shared, and the report of the steps calls itself noisy: read ratios. vLLM "
         "as it comes computes on one of the two cores and schedules on the other. Mixing took "
         f"{seconds[0]:.0f} s, llama.cpp {seconds[1]:.0f} s and the importance matrix. Conditions "
@@ -50,15 +50,15 @@ def _on_disk() -> list[str]:
     ]
 
 
-def _step(what: str, batch: int, vllm: str, which: str) -> list[str]:
+def _step(what: str, batch: int) -> list[str]:
     cells = {(c["contender"], c["batch"]): c for c in load("latency-smollm2/report.json")["cells"]}
 
     def median(name: str) -> str:
         value = cells[name, batch]["itl"]["p50"] * 1e3
         return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
-    llama = median("llama.cpp gguf")
-    return [what, median("native int4"), f"{median(vllm)} ({which})", llama, ""]
+    vllm = f"{median('vllm int4')} (our plugin), {median('vllm dense')} (bfloat16)"
+    return [what, median("native int4"), vllm, median("llama.cpp gguf"), ""]
 
 
 def _clients() -> list[str]:

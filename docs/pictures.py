@@ -4,18 +4,17 @@ Lines and text have the colour of the page: the site puts pictures into its page
 elsewhere they follow the reader's light or dark.
 """
 
-import json
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
+from docs.figures import load
 from qexport.grid import BINARY, INT3, INT4, NF4, SEQ2, TERNARY, Grid
 from qexport.svg import line_chart
 
 __all__ = ["PICTURES"]
 
 ROOT = Path(__file__).parent.parent
-_LATENCY = ROOT / "benchmarks/results/amd-epyc-2-cores/latency-smollm2/report.json"
 _STYLE = (
     "<style>.qx{color:var(--md-default-fg-color,#24292f);fill:currentColor}"
     "@media(prefers-color-scheme:dark){.qx{color:var(--md-default-fg-color,#e6edf3)}}</style>"
@@ -99,10 +98,10 @@ def groups() -> str:
 
 def batches() -> str:
     """What a step takes by the number of sequences: packed weights win where reading is the work"""
-    found = json.loads(_LATENCY.read_text())
+    found = load("latency-smollm2/report.json")
     names = {
         "native seq2": "SEQ-2 (2.25 bits)",
-        "native int4": "int4 (4.25 bits)",
+        "native int4": "int4 (4.5 bits)",
         "native dense": "bfloat16",
     }
     lines: dict[str, list[tuple[float, float]]] = {said: [] for said in names.values()}
