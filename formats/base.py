@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from qexport.checkpoint import Checkpoint, Entry
@@ -24,6 +25,7 @@ __all__ = [
     "Plan",
     "ReadBack",
     "Verdict",
+    "holds_scales",
 ]
 
 
@@ -89,6 +91,15 @@ class Verdict:
             how = f"{how} in {self.stored}"
         kind = "exact" if self.exact else f"rounded by at most {self.bound:g} ulp"
         return f"{how}, {kind}"
+
+
+def holds_scales(mine: torch.dtype, theirs: torch.dtype) -> bool:
+    """Whether scales of a dtype are stored in another as they are.
+
+    So are bfloat16's in float16, which has more bits and less range: `pack` refuses a scale that is
+    beyond its normal numbers.
+    """
+    return mine in (theirs, torch.float32) or (mine, theirs) == (torch.float16, torch.bfloat16)
 
 
 Plan = Mapping[str, Verdict]  # by module; none of them a refusal

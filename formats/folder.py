@@ -25,7 +25,15 @@ from qexport.checkpoint import (
     read_config,
 )
 from qexport.errors import CheckpointError, RefusedError
-from qexport.formats.base import Format, Layout, Options, Plan, ReadBack, Verdict
+from qexport.formats.base import (
+    Format,
+    Layout,
+    Options,
+    Plan,
+    ReadBack,
+    Verdict,
+    holds_scales,
+)
 from qexport.grid import Scheme, dtype_name
 from qexport.shards import Parts, ShardReader, part_bytes, plan_shards
 from qexport.tensor import QuantizedTensor
@@ -130,9 +138,7 @@ class FolderFormat(Format):
     def verdict(self, scheme: Scheme, shape: tuple[int, int], options: Options) -> Verdict:
         if not any(scheme.grid.factor_into(grid) for grid in self.grids):
             return Verdict(None, reason=self._no_grid(scheme, options.bits))
-        # float32 holds what the others do
-        wider = torch.float32 in self.scale_dtypes
-        exact = wider or scheme.scale_dtype in self.scale_dtypes
+        exact = any(holds_scales(dtype, scheme.scale_dtype) for dtype in self.scale_dtypes)
         if not exact and not options.allow_lossy:
             mine = dtype_name(self.scale_dtypes[0])
             return Verdict(

@@ -26,7 +26,7 @@ from qexport.formats.card import model_card
 from qexport.formats.holders import holders
 from qexport.formats.registry import open_checkpoint
 from qexport.formats.verify import Verification, compare, compare_rest
-from qexport.grid import Scheme
+from qexport.grid import Scheme, dtype_name
 from qexport.output import check_writable, mark, resumable_folder, write_json
 from qexport.stream import FileWriter, as_bytes
 from qexport.tensor import QuantizedTensor
@@ -359,8 +359,8 @@ def _recode(tensor: Stored, verdict: Verdict, name: str) -> QuantizedTensor:
         smallest = torch.finfo(holder.scale_dtype).tiny  # below it a rounding may cost all bits
         if not bool(scales.isfinite().all()) or bool((scales.abs() < smallest).any()):
             raise RefusedError(
-                f"{module_of(name)}: a scale is out of the range of {holder.scale_dtype}'s normal "
-                "numbers, and is not rounded to others; native holds it."
+                f"{module_of(name)}: a scale is beyond {dtype_name(holder.scale_dtype)}'s normal "
+                "numbers, where it would lose more than a rounding; native holds it."
             )
         scheme = replace(tensor.scheme, scale_dtype=holder.scale_dtype)
         tensor = replace(tensor, scales=scales, scheme=scheme)

@@ -107,7 +107,8 @@ class Verification:
             if self.differing_bits
             else ""
         )
-        return f"NOT exact: {counts}{error} in {over}; " + "; ".join(parts)
+        where = matrices if self.differing_dense else over
+        return f"NOT exact: {counts}{error} in {where}; " + "; ".join(parts)
 
 
 def verify(source: Checkpoint, artefact: Checkpoint) -> Verification:

@@ -2,7 +2,7 @@
 
 import torch
 
-from qexport.formats.base import Options, Verdict
+from qexport.formats.base import Options, Verdict, holds_scales
 from qexport.formats.gguf.block import Block
 from qexport.formats.gguf.blocks import BLOCKS
 from qexport.grid import Grid, Scheme
@@ -13,7 +13,7 @@ __all__ = ["keeps_grid", "verdict_of"]
 def verdict_of(scheme: Scheme, inputs: int, options: Options) -> Verdict:
     """Of layers with so many inputs: the narrowest block type that holds the scheme."""
     blocked = scheme.super_block is not None  # of whatever dtype, its scales are multiples
-    exact = blocked or scheme.scale_dtype == torch.float16
+    exact = blocked or holds_scales(torch.float16, scheme.scale_dtype)
     holding = any(scheme.grid.factor_into(g) for block in BLOCKS.values() for g in block.holds)
     if holding and not exact and not options.allow_lossy:
         return Verdict(
@@ -56,7 +56,7 @@ def _rounded_minimum(scheme: Scheme, group: int) -> list[tuple[Block, Grid, floa
     block = BLOCKS["Q4_1"]
     if not scheme.grid.zeros or scheme.grid.bits != block.width or group % block.size:
         return []
-    scales = 0.0 if scheme.scale_dtype == torch.float16 else 1.0
+    scales = 0.0 if holds_scales(torch.float16, scheme.scale_dtype) else 1.0
     return [(block, scheme.grid, 0.51 + scales)]
 
 

@@ -16,7 +16,7 @@ from qexport.formats.pack import pack
 from qexport.grid import GRIDS, Scheme
 from qexport.tensor import QuantizedTensor
 from tests.conftest import WIDTHS, Runs
-from tests.formats.models import checkpoint, tensor
+from tests.formats.models import Tensors, checkpoint, decoder_layer, tensor
 from tests.formats.test_native import numpy_file
 
 GRIDS_OF_GPTQ = sorted(grid.name for grid in FORMATS["gptq"].grids)
@@ -156,6 +156,29 @@ def test_shapes_that_words_do_not_divide_are_refused(tmp_path: Path) -> None:
         source = checkpoint(tmp_path, {"a.weight": tensor("int4", *shape, None)})
         with pytest.raises(RefusedError, match=f"a layer has {what}"):
             pack(source, FORMATS["gptq"], tmp_path / "out")
+
+
+@pytest.mark.parametrize("form", ["gptq", "awq", "gguf"])
+def test_bfloat16_scales_are_exact_or_refused(tiny_model: Path, tmp_path: Path, form: str) -> None:
+    """As other tools write them: float16 has the bits of such a number, and not its range."""
+    grid = "uint4" if form == "awq" else "int4"
+    layer = decoder_layer(tiny_model, grid, 64, 32)
+    scheme = Scheme(GRIDS[grid], 32, torch.bfloat16)
+    for first, fits in ((0.01, True), (2.0**-17, False), (204800.0, False)):
+        tensors: Tensors = {name: layer[name] for name in layer}
+        for name in layer.modules:
+            held = layer.quantized(f"{name}.weight")
+            scales = held.scales.bfloat16()
+            scales[0, 0] = first
+            tensors[f"{name}.weight"] = QuantizedTensor(held.codes, scales, scheme, held.zeros)
+        source = checkpoint(tiny_model, tensors, layer.config)
+        if fits:
+            assert pack(source, FORMATS[form], tmp_path / "out").exact
+            continue
+        with pytest.raises(RefusedError, match=r"beyond float16's normal numbers.*native holds"):
+            pack(source, FORMATS[form], tmp_path / "other")
+        assert not (tmp_path / "other").exists()
+        assert pack(source, FORMATS["native"], tmp_path / f"native-{first}").exact
 
 
 def test_mixed_schemes_are_refused(tmp_path: Path) -> None:
