@@ -2,7 +2,8 @@
 
 Input number `n` of a seed is always the same one, so that what fails can be looked at again with
 `--first n --count 1`. A reader may open a mutated file and read it all, or raise an error of ours;
-anything else, two seconds, or memory beyond the file's size and 256 MiB, is a finding.
+anything else, codes that their grid does not have, two seconds, or memory beyond the file's size
+and 256 MiB, is a finding.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from qexport.errors import QexportError
 from qexport.formats import FORMATS, Options, open_checkpoint
 from qexport.formats.pack import pack
 from qexport.quantization import QuantizeConfig, quantize_model
+from qexport.tensor import QuantizedTensor
 from qexport.tiny import write_tiny_model
 from tests.formats.models import decoder_layer, taken_by
 
@@ -175,7 +177,9 @@ def read(folder: Path, tokenizer: bool) -> str:
     try:
         checkpoint = open_checkpoint(folder)
         for name in checkpoint:
-            checkpoint[name]
+            held = checkpoint[name]
+            if isinstance(held, QuantizedTensor):
+                assert int(held.codes.max()) < held.scheme.grid.levels, name
         if tokenizer and checkpoint.make_tokenizer is not None:
             checkpoint.make_tokenizer()
     except QexportError as error:

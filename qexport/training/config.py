@@ -174,7 +174,10 @@ class TrainConfig:
         if self.init is not None and (self.phase == "block" or self.bits == DENSE):
             raise InputError("--init is a start of its own; leave out --phase block and --bits 16.")
         if self.phase == "block" and not settings.has_start:
-            raise InputError(f"--phase block: {self.recipe} has none; give --block-epochs too.")
+            raise InputError(
+                f"--phase block: the recipe {self.recipe} trains no blocks; --recipe fast does, or "
+                "give --block-epochs."
+            )
 
     def _check_processes(self) -> None:
         """What spreads a run over processes, and what does not go with it."""
